@@ -1,0 +1,246 @@
+"""The network: a CIFAR ResNet whose hidden features are part of its answer.
+
+`resnet(num_classes, depth)` takes images in [0, 1] and returns the features that the Prototype Conformity
+Loss supervises along with the class scores. The keys and shapes of its `state_dict` are those of the released
+network (Mustafa et al., ICCV 2019), so weights of either load into the other. Normalisation is part of the
+network and of nothing else: attacks and evaluation speak in pixels.
+"""
+
+import copy
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images
+CHANNEL_STD = (0.2023, 0.1994, 0.2010)
+STAGE_WIDTHS = (16, 32, 64)
+FC_DIM = 1024
+BOTTLENECK_FROM = 44  # depth from which blocks are bottlenecks: the released rule
+
+
+class Outputs(NamedTuple):
+    """What the network says of N images: three features, shallow to deep, and the class scores.
+
+    layer2: N x feat_dims["layer2"], global max pool after the second stage, or the auxiliary branch if it is on.
+    layer3: N x feat_dims["layer3"], global average pool after the third stage.
+    fc:     N x feat_dims["fc"], the first fully connected layer, with no activation after it.
+    logits: N x num_classes, before the softmax.
+    """
+
+    layer2: Tensor
+    layer3: Tensor
+    fc: Tensor
+    logits: Tensor
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, activated after the sum (He et al., CVPR 2016)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = _downsample(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x))
+        return F.relu(x + shortcut, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last four times as wide, and a shortcut; the 3x3 one strides."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample = _downsample(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(x))
+        return F.relu(x + shortcut, inplace=True)
+
+
+def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """The projection a shortcut needs where a block changes the shape, else None."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+def _stage(block: type, in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    """`blocks` blocks in a row, of which the first strides."""
+    widths = [in_channels] + [channels * block.expansion] * (blocks - 1)
+    return nn.Sequential(*(block(width, channels, 1 if i else stride) for i, width in enumerate(widths)))
+
+
+class ResNet(nn.Module):
+    """A three-stage ResNet for 32 x 32 images (any size works); made by `resnet`, which checks the arguments.
+
+    depth, num_classes, aux_dim: as given.
+    feat_dims: width of each supervised feature by its name in `Outputs`, shallow to deep.
+    """
+
+    def __init__(self, num_classes: int, depth: int, aux_dim: int = 0) -> None:
+        super().__init__()
+        self.num_classes, self.depth, self.aux_dim = num_classes, depth, aux_dim
+        block = Bottleneck if depth >= BOTTLENECK_FROM else BasicBlock
+        blocks = (depth - 2) // 6
+        width1, width2, width3 = (width * block.expansion for width in STAGE_WIDTHS)
+
+        self.conv1 = nn.Conv2d(3, STAGE_WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
+        self.layer1 = _stage(block, STAGE_WIDTHS[0], STAGE_WIDTHS[0], blocks, stride=1)
+        self.layer2 = _stage(block, width1, STAGE_WIDTHS[1], blocks, stride=2)
+        self.layer3 = _stage(block, width2, STAGE_WIDTHS[2], blocks, stride=2)
+        self.fc = nn.Linear(width3, FC_DIM)
+        self.fcf = nn.Linear(FC_DIM, num_classes)
+        self.aux = nn.Linear(width2, aux_dim) if aux_dim else None
+        self.feat_dims = {"layer2": aux_dim or width2, "layer3": width3, "fc": FC_DIM}
+
+        # Not persistent: the released state_dict has no such keys.
+        self.register_buffer("mean", torch.tensor(CHANNEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CHANNEL_STD).view(1, 3, 1, 1), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # std sqrt(2 / (k * k * out_channels))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Features and class scores of `images`, N x 3 x H x W in [0, 1]."""
+        x = (images - self.mean) / self.std
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        stage2 = self.layer2(self.layer1(x))
+        # amax, not a max pool: the backward of a CUDA pool adds atomically, so two runs would differ.
+        layer2 = stage2.amax((2, 3)) if self.aux is None else self.aux(stage2.mean((2, 3)))
+        layer3 = self.layer3(stage2).mean((2, 3))
+        fc = self.fc(layer3)
+        # No activation between the two linear layers: so is the released network.
+        return Outputs(layer2, layer3, fc, self.fcf(fc))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores alone, N x num_classes: the view of the network that attacks and evaluation take."""
+        return self(images).logits
+
+
+def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0) -> ResNet:
+    """Make a ResNet with fresh weights: He's fan-out normal convolutions, the rest as PyTorch draws it.
+
+    num_classes: from 2 up.
+    depth: 6n + 2, n >= 1: n basic blocks a stage below 44, n bottlenecks from 44 up. The released network is
+        110 (18 blocks a stage); the one the paper describes, with 12 blocks a stage, is 74.
+    aux_dim: width of the paper's auxiliary branch on the second stage (Table 1: GAP, then FC(512)). Where it
+        is not 0, parameters `aux.weight` and `aux.bias` exist and the branch takes the place of `layer2` in
+        `Outputs`.
+    Raises ValueError when an argument is none of these.
+    """
+    if not _is_int(depth) or depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth {depth!r}: must be 6n + 2, such as 8, 14, 20, 26, 32, 38, 44, 50, 56, 74, 110")
+    if not _is_int(num_classes) or num_classes < 2:
+        raise ValueError(f"num_classes {num_classes!r}: must be a whole number from 2 up")
+    if not _is_int(aux_dim) or aux_dim < 0:
+        raise ValueError(f"aux_dim {aux_dim!r}: must be 0 (no auxiliary branch) or a width, such as 512")
+    return ResNet(num_classes, depth, aux_dim)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def clean_state_dict(state_dict: dict) -> dict:
+    """A new dict without the `module.` and `_orig_mod.` that wrappers put before each key, in whatever order.
+
+    Only what leads a key is cut. Raises ValueError when a key is no text or two keys become one.
+    """
+    cleaned = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise ValueError(f"not a state_dict: its keys are names of weights, and {key!r} is none")
+        name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", key)
+        if name in cleaned:
+            raise ValueError(f"state_dict holds {name} twice: with and without a wrapper's prefix")
+        cleaned[name] = value
+    return cleaned
+
+
+def network_of(state_dict: dict) -> dict[str, int]:
+    """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim.
+
+    Keys and shapes decide, and all of them must fit; wrappers' prefixes do not matter, nor does the lack of the
+    batch counters that early versions of PyTorch did not save. Raises ValueError when no such network fits.
+    """
+    shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
+    blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})
+    classes, aux_dim = (shapes.get(key, (0,))[:1] for key in ("fcf.weight", "aux.weight"))
+    if not blocks or not classes or classes[0] < 2 or not aux_dim:
+        raise ValueError("not a ResNet of this project: its weights lack layer1 or fcf")
+    arguments = {"depth": 6 * blocks + 2, "num_classes": classes[0], "aux_dim": aux_dim[0]}
+
+    name = f"ResNet-{arguments['depth']}"
+    with torch.device("meta"):  # shapes without memory, and without drawing from the random generator
+        expected = {key: tuple(value.shape) for key, value in resnet(**arguments).state_dict().items()}
+    for key in sorted(expected.keys() | shapes.keys()):
+        if key not in expected:
+            raise ValueError(f"not a {name}: {key} belongs to no such network")
+        if key not in shapes and not key.endswith(".num_batches_tracked"):
+            raise ValueError(f"not a {name}: {key} is missing")
+        if shapes.get(key, expected[key]) != expected[key]:
+            raise ValueError(f"not a {name}: {key} has shape {shapes[key]}, not {expected[key]}")
+    return arguments
+
+
+class Folded(nn.Module):
+    """A ResNet without batch norms that maps images, N x 3 x H x W in [0, 1], to logits; made by `folded`."""
+
+    def __init__(self, network: ResNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).logits
+
+
+def folded(model: ResNet) -> Folded:
+    """A frozen copy of `model` in eval mode, batch norms folded into the convolutions: for attacks, evaluation.
+
+    Its logits are those of `model.eval()` up to rounding, in whatever mode `model` is, and `model` stays as it
+    is. The copy does not follow later changes of `model`.
+    """
+    network = copy.deepcopy(model).requires_grad_(False).eval()
+    network.zero_grad(set_to_none=True)
+    for module in network.modules():
+        for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
+            norm = getattr(module, norm_name, None)
+            if isinstance(norm, nn.BatchNorm2d):
+                _fold(getattr(module, conv_name), norm)
+                setattr(module, norm_name, nn.Identity())
+    return Folded(network).eval()
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Make `conv`, which has no bias, compute what `norm` in eval mode computes of its output."""
+    # In float64: what a weight loses is the rounding of the result and nothing more.
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = norm.bias.double() - norm.running_mean.double() * scale
+    weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
