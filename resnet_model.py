@@ -24,7 +24,7 @@ BOTTLENECK_FROM = 44  # depth from which blocks are bottlenecks: the released ru
 class Outputs(NamedTuple):
     """What the network says of N images: three features, shallow to deep, and the class scores.
 
-    layer2: N x feat_dims["layer2"], global max pool after the second stage, or the auxiliary branch if it is on.
+    layer2: N x feat_dims["layer2"], global max pool after the second stage, or the auxiliary branch.
     layer3: N x feat_dims["layer3"], global average pool after the third stage.
     fc:     N x feat_dims["fc"], the first fully connected layer, with no activation after it.
     logits: N x num_classes, before the softmax.
@@ -154,7 +154,7 @@ def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0) -> ResNet:
     Raises ValueError when an argument is none of these.
     """
     if not _is_int(depth) or depth < 8 or depth % 6 != 2:
-        raise ValueError(f"depth {depth!r}: must be 6n + 2, such as 8, 14, 20, 26, 32, 38, 44, 50, 56, 74, 110")
+        raise ValueError(f"depth {depth!r}: must be 6n + 2, such as 8, 14, 20, 26, 32, 38, 44, 50, 74, 110")
     if not _is_int(num_classes) or num_classes < 2:
         raise ValueError(f"num_classes {num_classes!r}: must be a whole number from 2 up")
     if not _is_int(aux_dim) or aux_dim < 0:
@@ -185,8 +185,8 @@ def clean_state_dict(state_dict: dict) -> dict:
 def network_of(state_dict: dict) -> dict[str, int]:
     """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim.
 
-    Keys and shapes decide, and all of them must fit; wrappers' prefixes do not matter, nor does the lack of the
-    batch counters that early versions of PyTorch did not save. Raises ValueError when no such network fits.
+    Keys and shapes decide, and all of them must fit; wrappers' prefixes do not matter, nor does the lack of
+    the batch counters that early versions of PyTorch did not save. Raises ValueError when no network fits.
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})
@@ -220,9 +220,9 @@ class Folded(nn.Module):
 
 
 def folded(model: ResNet) -> Folded:
-    """A frozen copy of `model` in eval mode, batch norms folded into the convolutions: for attacks, evaluation.
+    """A frozen copy of `model` in eval mode, batch norms folded into the convolutions: for attacks and tests.
 
-    Its logits are those of `model.eval()` up to rounding, in whatever mode `model` is, and `model` stays as it
+    Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in; `model` stays as it
     is. The copy does not follow later changes of `model`.
     """
     network = copy.deepcopy(model).requires_grad_(False).eval()
