@@ -1,0 +1,53 @@
+"""The pull of the Prototype Conformity Loss: features towards the prototype of their own class."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Proximity(nn.Module):
+    """Mean over the batch of ||f_i - w_{y_i}||^2, the first term of Eq. 5 (Mustafa et al., ICCV 2019).
+
+    centers: the prototypes w, a parameter, num_classes x feat_dim, drawn from N(0, 1).
+    squared: squared distances, as released and as in the journal version; False gives Eq. 5's plain ones.
+    """
+
+    def __init__(self, num_classes: int, feat_dim: int, squared: bool = True) -> None:
+        super().__init__()
+        if num_classes < 1 or feat_dim < 1:
+            raise ValueError(f"{num_classes} classes of {feat_dim} features: both must be from 1 up")
+        self.squared = squared
+        self.centers = nn.Parameter(torch.randn(num_classes, feat_dim))
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a float32 scalar, of `features`, N x feat_dim, and `labels`, N, in [0, num_classes).
+
+        Raises ValueError for other shapes and, on the CPU, for other labels (elsewhere a look would cost a
+        synchronisation). Features of float64 keep their precision; autocast has no say.
+        """
+        _check(features, labels, self.centers)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            # An embedding, not centers[labels]: the gradient of an index adds in whatever order threads come.
+            own = F.embedding(labels.long(), self.centers)
+            if self.squared:
+                return F.mse_loss(features, own.to(features.dtype), reduction="sum") / len(labels)
+            return torch.linalg.vector_norm(features - own, dim=1).mean()  # its gradient at 0 is 0
+
+    def extra_repr(self) -> str:
+        num_classes, feat_dim = self.centers.shape
+        return f"num_classes={num_classes}, feat_dim={feat_dim}, squared={self.squared}"
+
+
+def _check(features: Tensor, labels: Tensor, centers: Tensor) -> None:
+    num_classes, feat_dim = centers.shape
+    if features.ndim != 2 or features.shape[1] != feat_dim or not len(features):
+        raise ValueError(f"features are {tuple(features.shape)}: must be (N, {feat_dim}), N from 1 up")
+    if labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}: must be ({len(features)},), whole"
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = labels.min(), labels.max()
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels lie in [{low}, {high}]: must lie in [0, {num_classes - 1}]")
