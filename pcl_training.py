@@ -1,0 +1,87 @@
+"""Stage 2: fine-tune the softmax network with the Prototype Conformity Loss (PCL).
+
+    python pcl_training.py
+
+Cross-entropy and, on the 256-d and 1024-d features, the pull to the own class's prototype less the push from the
+others' (Eq. 5 and 9 of the paper, with the released settings; `README.md` lists where the two differ).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import data
+import training
+import utils
+from resnet_model import resnet
+
+
+@dataclass(frozen=True)
+class Config:
+    # data and files
+    dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
+    data_dir: str = "data"  # where the images are, or are downloaded to
+    limit: int | None = None  # the first so many images of each split, class-balanced; none: all
+    init_from: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"  # stage 1's checkpoint
+    save_to: str = "Models_PCL/CIFAR10_PCL.pth.tar"  # the checkpoint
+    log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
+    resume: bool = False  # go on with the run at save_to, if there is one
+    overwrite: bool = False  # start anew over the run at save_to
+    # model
+    depth: int = 110  # 6n + 2; 110 as released (18 blocks a stage), 74 is the paper's 12
+    aux_dim: int = (
+        0  # width of the paper's branch on stage 2 (paper: 512), which then is layer2; 0: no branch
+    )
+    # optimisation
+    epochs: int = 400  # paper: 300
+    batch_size: int = 128  # paper: 256
+    lr: float = 0.01  # paper: 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    milestones: tuple[int, ...] = ()  # the released schedule never reaches SGD, so rates stay; paper: 200 250
+    gamma: float = 0.1
+    # prototype conformity loss
+    layers: tuple[str, ...] = ("layer3", "fc")  # supervised features; the paper's branch adds layer2
+    weight_prox: float = 1.0  # of the pull; 0 switches it off
+    weight_conprox: float = 1e-4  # of the push; 0 switches it off
+    lr_prox: float = 0.5  # of the pull's prototypes, on the term before weighting
+    lr_conprox: float = 1e-4  # of the push's prototypes, likewise
+    distance: str = "squared"  # or plain, as Eq. 5 prints it
+    shared_prototypes: bool = False  # one set a layer for pull and push, as in Eq. 5
+    separation: bool = False  # push the prototypes apart too, as in Eq. 5
+    prototype_init: str = "normal"  # N(0, 1) as released, or class-means
+    # run
+    eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
+    save_every_minutes: float | None = 10.0  # besides after every epoch
+    max_minutes: float | None = None  # stop after so long, saved, to be resumed
+    precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    seed: int = 0
+
+
+def main(config: Config) -> None:
+    device = utils.select_device(config.device)
+    torch.manual_seed(config.seed)
+    dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device)
+    model = resnet(len(dataset.classes), config.depth, config.aux_dim).to(device)
+    training.start_from(model, config, dataset)
+    criterion = training.PrototypeConformityLoss(
+        len(dataset.classes),
+        {layer: model.feat_dims[layer] for layer in config.layers},
+        config.weight_prox,
+        config.weight_conprox,
+        squared=config.distance == "squared",
+        shared=config.shared_prototypes,
+        separation=config.separation,
+    ).to(device)
+    if config.prototype_init == "class-means":
+        criterion.init_class_means(model, dataset.train)
+    network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}
+    prototypes = criterion.param_groups(config.lr_prox, config.lr_conprox)
+    optimizer = torch.optim.SGD([network, *prototypes], lr=config.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.gamma)
+    training.fit(config, dataset, model, criterion, optimizer, scheduler)
+
+
+if __name__ == "__main__":
+    utils.run(main, Config)

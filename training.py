@@ -1,0 +1,530 @@
+"""What the four training scripts share: the joint loss, one epoch, `fit` and `accuracy`."""
+
+import contextlib
+import csv
+import dataclasses
+import inspect
+import io
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import utils
+from contrastive_proximity import ContrastiveProximity
+from proximity import Proximity
+from resnet_model import clean_state_dict, network_of
+
+EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
+WATCH_EVERY = 50  # batches between looks at the loss where a look waits for the device
+RUNAWAY_WARNING, RUNAWAY_STOP = 1e5, 1e9  # size of a loss term that is suspicious, and one that is lost
+
+# What may differ between a run and its continuation; everything else identifies the run.
+FREE_ON_RESUME = {
+    *("data_dir", "init_from", "save_to", "log_to", "export", "resume", "overwrite"),
+    *("epochs", "eval_every", "device", "compile", "save_every_minutes", "max_minutes"),
+}
+
+
+class DivergenceError(Exception):
+    """The loss stopped being a number, or ran away."""
+
+    exit_status = 5
+
+
+# ---------------------------------------------------------------- criteria
+
+
+class CrossEntropyLoss(nn.Module):
+    """Stage 1's criterion, in the form that `fit` takes: `criterion(outputs, labels) -> (loss, parts)`."""
+
+    terms = ("cross_entropy",)
+
+    def forward(self, outputs, labels):
+        loss = F.cross_entropy(outputs.logits.float(), labels)
+        return loss, {"cross_entropy": loss.detach()}
+
+
+class PrototypeConformityLoss(nn.Module):
+    """The joint loss: cross-entropy + sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5, 9).
+
+    `feat_dims` maps the supervised layers (fields of the network's outputs) to their widths; a weight of 0
+    switches its term off. As released, pull and push have prototypes of their own, distances are squared and
+    prototypes do not repel each other; `shared`, `squared=False` and `separation` give Eq. 5 as printed.
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        feat_dims,
+        weight_prox,
+        weight_conprox,
+        *,
+        squared=True,
+        shared=False,
+        separation=False,
+    ):
+        super().__init__()
+        self.weight_prox, self.weight_conprox = weight_prox, weight_conprox
+        self.proximity, self.contrastive = nn.ModuleDict(), nn.ModuleDict()
+        for layer, width in feat_dims.items():
+            if weight_prox:
+                self.proximity[layer] = Proximity(num_classes, width, squared=squared)
+            if weight_conprox:
+                self.contrastive[layer] = ContrastiveProximity(
+                    num_classes, width, squared=squared, separation=separation
+                )
+            if shared and weight_prox and weight_conprox:
+                self.contrastive[layer].centers = self.proximity[layer].centers
+        pull, push = ("proximity",) * bool(weight_prox), ("contrastive",) * bool(weight_conprox)
+        self.terms = ("cross_entropy", *pull, *push)
+
+    def forward(self, outputs, labels):
+        """Return (loss, its terms before weighting, detached) for the network's outputs on N images."""
+        cross_entropy = F.cross_entropy(outputs.logits.float(), labels)
+        loss, parts = cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        if self.proximity:
+            pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())
+            loss, parts["proximity"] = loss + self.weight_prox * pull, pull.detach()
+        if self.contrastive:
+            push = sum(term(getattr(outputs, layer), labels) for layer, term in self.contrastive.items())
+            loss, parts["contrastive"] = loss - self.weight_conprox * push, push.detach()
+        return loss, parts
+
+    def param_groups(self, lr_prox, lr_conprox):
+        """Return the prototypes' optimiser groups: plain SGD on the unweighted terms.
+
+        The released scripts divide a prototype's gradient by its loss weight before the step; for SGD without
+        momentum that is a learning rate divided by the weight.
+        """
+        pull = list(self.proximity.parameters())
+        push = [p for p in self.contrastive.parameters() if not any(p is other for other in pull)]
+        groups = [(pull, lr_prox, self.weight_prox), (push, lr_conprox, self.weight_conprox)]
+        return [
+            {"params": params, "lr": lr / weight, "momentum": 0.0, "weight_decay": 0.0}
+            for params, lr, weight in groups
+            if params
+        ]
+
+    @torch.no_grad()
+    def init_class_means(self, model, split, batch_size=EVAL_BATCH):
+        """Move every prototype to the mean of its class's features on `split` (float32, eval mode)."""
+        terms = [*self.proximity.items(), *self.contrastive.items()]
+        sums = {layer: torch.zeros_like(term.centers) for layer, term in terms}
+        with evaluating(model):
+            for _, images, labels in data.epoch_batches(split, batch_size):
+                outputs = model(data.to_float(images))
+                for layer, total in sums.items():
+                    total.index_add_(0, labels, getattr(outputs, layer).float())
+        counts = torch.bincount(split.labels, minlength=len(next(iter(sums.values()))))[:, None]
+        for layer, term in terms:
+            term.centers.copy_(sums[layer] / counts)
+
+
+# ---------------------------------------------------------------- modes and precision
+
+
+@contextlib.contextmanager
+def evaluating(model, frozen=False):
+    """Within: every module in eval mode and, if `frozen`, no parameter asking for a gradient; then all as before."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    if frozen:
+        model.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, value in wanted.items():
+            parameter.requires_grad_(value)
+
+
+def select_precision(name, device):
+    """Return torch.bfloat16 or torch.float32; `auto` takes bfloat16 where the hardware computes in it natively."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and native) else torch.float32
+
+
+@torch.no_grad()
+def accuracy(model, split):
+    """Return the accuracy in percent on `split`: float32, eval mode, argmax of the logits."""
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    with evaluating(model):
+        for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
+            images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+            correct += (model.logits(images).argmax(1) == labels).sum()
+    return 100 * correct.item() / len(split)
+
+
+# ---------------------------------------------------------------- starting points
+
+
+def load_network(model, path, classes=None):
+    """Load the weights of a checkpoint, the project's or the authors', into `model`; return the checkpoint.
+
+    Raises CheckpointError when depth, class count, auxiliary branch or class names differ, or a weight is not
+    a finite number.
+    """
+    state = utils.load_checkpoint(path)
+    weights = weights_of(state, path)
+    there = network_of(weights)
+    for name, value in there.items():
+        if value != getattr(model, name):
+            raise utils.CheckpointError(
+                f"{path}: a network with {name} {value}, not {getattr(model, name)}; "
+                f"give the --{name.replace('_', '-')} it was trained with or another checkpoint"
+            )
+    if classes and state.get("classes") and tuple(state["classes"]) != tuple(classes):
+        raise utils.CheckpointError(
+            f"{path}: trained on other classes ({', '.join(state['classes'][:3])}, ...) than this data set "
+            f"has ({', '.join(classes[:3])}, ...); give the --dataset it was trained on or another checkpoint"
+        )
+    model.load_state_dict(weights)
+    return state
+
+
+def weights_of(state, path):
+    """Return the network's clean, finite state_dict out of a checkpoint's dict; CheckpointError if there is none."""
+    weights = state.get("state_dict", state)
+    if not (isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values())):
+        raise utils.CheckpointError(
+            f"{path}: holds no weights (no state_dict); is it a checkpoint of this project?"
+        )
+    weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise utils.CheckpointError(
+                f"{path}: {name} holds NaN or Inf; the run diverged, use an older checkpoint"
+            )
+    try:
+        network_of(weights)
+    except ValueError as error:
+        raise utils.CheckpointError(f"{path}: {error}; was it made by another network?") from None
+    return weights
+
+
+def start_from(model, config, dataset):
+    """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already."""
+    if config.resume and Path(config.save_to).exists():
+        return
+    state = load_network(model, config.init_from, dataset.classes)
+    percent = accuracy(model, dataset.test)
+    utils.say(
+        f"starting from {config.init_from}, epoch {state.get('epoch', '?')}, test accuracy {percent:.2f} %"
+    )
+
+
+# ---------------------------------------------------------------- one run
+
+
+def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None):
+    """Train to `config.epochs`, logging a row and saving a checkpoint every epoch; resume where `config` says so.
+
+    `adversary(images, labels, generator) -> images`, if given, doubles each batch with adversarial images made
+    in eval mode. Raises Interrupted after a saved stop by a signal, DivergenceError, and the faults of `utils`.
+    """
+    run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
+    if not run.open():
+        return
+    with utils.StopSignals() as stop:
+        while run.epoch < config.epochs:
+            started = time.monotonic()
+            first = run.batch
+            run.train_epoch(stop)
+            run.close_epoch(time.monotonic() - started, first)
+            run.leave_if_asked(stop)
+    utils.say(f"finished: {config.save_to}, sha256 {utils.sha256(config.save_to)}")
+
+
+class Run:
+    """Where a training run is, and everything needed to go on from there."""
+
+    def __init__(self, config, dataset, model, criterion, optimizer, scheduler, adversary):
+        self.config, self.dataset, self.adversary = config, dataset, adversary
+        self.device = dataset.train.images.device
+        self.model = model.to(memory_format=torch.channels_last)
+        self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
+        self.dtype = select_precision(config.precision, self.device)
+        self.epoch, self.batch, self.history = 0, 0, []
+        self.sums, self.images = {}, 0  # of this epoch: loss terms added up over the images seen
+        self.warned = False
+        self.opened = self.saved = time.monotonic()
+        beside = config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log"
+        self.log_path = Path(config.log_to or beside)
+
+    # ------------------------------------------------ opening and resuming
+
+    def open(self):
+        """Prove that outputs can be written, resume if asked; return False when there is nothing left to do."""
+        config, path = self.config, Path(self.config.save_to)
+        utils.prepare_output(path)
+        utils.prepare_output(self.log_path)
+        there = path.exists() or utils.previous_of(path).exists()
+        if there and config.resume:
+            self.restore(utils.load_newest(path, warn=self.say))
+        elif there and not config.overwrite:
+            raise utils.FileSystemError(
+                f"{path}: exists already; --resume goes on with it, --overwrite starts anew, --save-to names another"
+            )
+        else:
+            if there:  # the older of two runs must not come back as the previous checkpoint of the newer
+                utils.previous_of(path).unlink(missing_ok=True)
+            self.log_path.unlink(missing_ok=True)
+            self.say(self.headline())
+            self.say(header_row(self.columns()))
+        if self.epoch >= config.epochs:
+            self.say(f"{path} is finished already ({self.epoch} epochs); a larger --epochs goes on")
+            return False
+        return True
+
+    def headline(self):
+        precision = str(self.dtype).removeprefix("torch.")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{script_name(self.config)}: depth {self.model.depth}, {parameters:,} parameters, {precision} on "
+            f"{self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} test images "
+            f"of {self.dataset.name}; seed {self.config.seed}"
+        )
+
+    def restore(self, state):
+        """Take over everything `state` holds; CheckpointError when it is not of this run."""
+        path = self.config.save_to
+        if "optimizer" not in state or "criterion" not in state:
+            raise utils.CheckpointError(
+                f"{path}: has no optimiser or prototypes to resume with; evaluate it, or start from it with "
+                "--init-from and another --save-to"
+            )
+        self.check_identity(state, path)
+        self.model.load_state_dict(weights_of(state, path))
+        self.criterion.load_state_dict(state["criterion"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.images = state["images"]
+        self.say(f"resumed {path} at epoch {self.epoch + 1}, batch {self.batch}")
+
+    def check_identity(self, state, path):
+        """Print what differs between the saved run's settings and this one's; refuse what identifies the run."""
+        if state["script"] != script_name(self.config):
+            raise utils.CheckpointError(f"{path}: made by {state['script']}.py; name another --save-to")
+        if state["data"] != describe(self.dataset):
+            raise utils.CheckpointError(
+                f"{path}: trained on {state['data']}, not {describe(self.dataset)}; give the same data"
+            )
+        now, before = config_dict(self.config), state["config"]
+        differing = [name for name in now if name in before and now[name] != before[name]]
+        fixed = [name for name in differing if name not in FREE_ON_RESUME]
+        lines = [f"{name} {before[name]} -> {now[name]}" for name in fixed or differing]
+        if fixed:
+            raise utils.CheckpointError(
+                f"{path}: this run was begun with other settings ({', '.join(lines)}); resume with the old ones, "
+                "or name another --save-to"
+            )
+        for line in lines:
+            if line.split()[0] not in ("resume", "overwrite"):
+                self.say(f"resumed with another {line}")
+
+    # ------------------------------------------------ training
+
+    def train_epoch(self, stop):
+        """Train from the current batch to the end of the epoch."""
+        config, split = self.config, self.dataset.train
+        total = data.num_batches(len(split), config.batch_size)
+        order = utils.generator(config.seed, "order", self.epoch)
+        batches = data.epoch_batches(split, config.batch_size, order, start_batch=self.batch)
+        self.model.train()
+        for index, images, labels in utils.progress(batches, total, f"epoch {self.epoch + 1}", self.batch):
+            images = data.augment(images, utils.generator(config.seed, "augment", self.epoch, index))
+            images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+            if self.adversary is not None:
+                attacked = self.attack(images, labels, index)
+                images, labels = torch.cat([images, attacked]), torch.cat([labels, labels])
+            self.step(images, labels)
+            self.batch = index + 1
+            if self.batch < total:
+                self.leave_if_asked(stop)
+
+    def attack(self, images, labels, index):
+        """Adversarial images for a batch: eval mode, frozen parameters, the training precision."""
+        generator = utils.generator(self.config.seed, "attack", self.epoch, index)
+        with evaluating(self.model, frozen=True), self.autocast():
+            attacked = self.adversary(images, labels, generator)
+        return attacked.contiguous(memory_format=torch.channels_last)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+    def step(self, images, labels):
+        """One optimisation step; the loss terms are added up on the device."""
+        with self.autocast():
+            outputs = self.model(images)
+        loss, parts = self.criterion(outputs, labels)
+        terms = {"loss": loss.detach(), **parts}
+        if self.device.type == "cpu" or self.batch % WATCH_EVERY == 0:
+            self.watch(terms)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        correct = (outputs.logits.detach().argmax(1) == labels).sum()
+        self.images += len(labels)
+        for name, value in {**terms, "correct": correct}.items():
+            weighted = value.double() * (1 if name == "correct" else len(labels))
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+
+    def watch(self, terms):
+        """Raise DivergenceError before a step that would follow a lost loss; warn of a term that runs away.
+
+        Reading a loss waits for a GPU, so there it happens every WATCH_EVERY batches and before each save; a NaN
+        in between shows in the sums.
+        """
+        terms = {name: value.item() for name, value in terms.items()}
+        largest = max(abs(value) for value in terms.values())
+        text = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        where = f"epoch {self.epoch + 1}, batch {self.batch + 1}"
+        if not math.isfinite(sum(terms.values())) or largest > RUNAWAY_STOP:
+            before = ", ".join(f"{name} {value:.4g}" for name, value in self.means().items())
+            raise DivergenceError(
+                f"diverged at {where}: {text}; this epoch's means before it: {before or 'none'}; lower --lr or the "
+                f"loss weights; {self.config.save_to} was left as it was"
+            )
+        if largest > RUNAWAY_WARNING and not self.warned:
+            self.warned = True
+            self.say(f"warning: a loss term is running away at {where}: {text}")
+
+    def means(self):
+        """The epoch's means so far as floats."""
+        return {name: value.item() / self.images for name, value in self.sums.items()} if self.images else {}
+
+    # ------------------------------------------------ logging and saving
+
+    def columns(self):
+        return ["epoch", "loss", *self.criterion.terms, "train_accuracy", "test_accuracy", "lr"]
+
+    def close_epoch(self, seconds, first_batch):
+        """Log the epoch's row, step the schedule, save."""
+        config, means = self.config, self.means()
+        images = (
+            data.num_batches(len(self.dataset.train), config.batch_size) - first_batch
+        ) * config.batch_size
+        row = {name: means[name] for name in self.columns() if name in means}
+        row["train_accuracy"] = 100 * means["correct"]
+        row |= {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "test_accuracy": None}
+        if (self.epoch + 1) % config.eval_every == 0 or self.epoch + 1 == config.epochs:
+            row["test_accuracy"] = accuracy(self.model, self.dataset.test)
+        self.scheduler.step()
+        self.history.append({name: row[name] for name in self.columns()})
+        self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
+        self.save(finished=self.epoch == config.epochs)
+        left = seconds * (config.epochs - self.epoch)
+        speed = images / seconds if seconds else 0.0
+        self.say(f"{format_row(self.history[-1])}  {speed:7.0f} images/s  {clock(left)} left")
+
+    def leave_if_asked(self, stop):
+        """Save when it is time to, or when a signal or --max-minutes asks for a stop; then leave."""
+        config, now = self.config, time.monotonic()
+        out_of_time = config.max_minutes is not None and now - self.opened > 60 * config.max_minutes
+        due = config.save_every_minutes is not None and now - self.saved > 60 * config.save_every_minutes
+        over = self.epoch >= config.epochs
+        if (stop.received or out_of_time or due) and self.batch:
+            self.save()
+        if (stop.received or out_of_time) and not over:
+            message = f"stopped at epoch {self.epoch + 1}, batch {self.batch}; saved to {config.save_to}, --resume goes on"
+            self.say(message)
+            if stop.received:
+                raise utils.Interrupted(stop.received, message)
+            raise SystemExit(0)
+
+    def save(self, finished=False):
+        """Write the checkpoint and the metrics that lie beside the log."""
+        state = {
+            "script": script_name(self.config),
+            "network": {name: getattr(self.model, name) for name in ("depth", "num_classes", "aux_dim")},
+            "classes": list(self.dataset.classes),
+            "data": describe(self.dataset),
+            "config": config_dict(self.config),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "finished": finished,
+            "history": self.history,
+            "sums": self.sums,
+            "images": self.images,
+            "state_dict": self.model.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        utils.save_checkpoint(state, self.config.save_to, keep_previous=not finished)
+        utils.write_text(self.log_path.with_suffix(".csv"), to_csv(self.columns(), self.history))
+        self.saved = time.monotonic()
+
+    def say(self, line):
+        utils.say(line, self.log_path)
+
+
+# ---------------------------------------------------------------- rows and names
+
+
+def script_name(config):
+    """The name of the script that a Config was written in."""
+    return Path(inspect.getfile(type(config))).stem
+
+
+def config_dict(config):
+    """The settings as plain Python that a checkpoint and JSON can hold."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def describe(dataset):
+    """What tells one data set from another: name, sizes, and sums over the labels and pixels."""
+    splits = {"train": dataset.train, "test": dataset.test}
+    return {
+        "name": dataset.name,
+        **{
+            name: [len(s), int(s.images.sum(dtype=torch.int64))]
+            for name, s in splits.items()
+            if s is not None
+        },
+    }
+
+
+WIDTHS = {"epoch": 5, "cross_entropy": 13, "contrastive": 11, "train_accuracy": 14, "test_accuracy": 13}
+
+
+def header_row(columns):
+    return "  ".join(f"{name:>{WIDTHS.get(name, 9)}}" for name in columns)
+
+
+def format_row(row):
+    """One aligned log row."""
+    cells = []
+    for name, value in row.items():
+        width = WIDTHS.get(name, 9)
+        text = "-" if value is None else f"{value:.2f}" if name.endswith("accuracy") else f"{value:.5g}"
+        cells.append(f"{text:>{width}}")
+    return "  ".join(cells)
+
+
+def to_csv(columns, rows):
+    """The metrics as CSV text, full precision."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: "" if v is None else v for k, v in row.items()} for row in rows])
+    return out.getvalue()
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

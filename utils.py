@@ -1,0 +1,590 @@
+"""Plumbing that knows no machine learning: options, messages, seeds, signals and checkpoints."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import inspect
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import sys
+import threading
+import traceback
+import types
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+from tqdm import tqdm
+
+FORMAT = 1  # version of the checkpoint's layout
+TORCH_FLOOR = (2, 10)
+
+
+# ---------------------------------------------------------------- faults: one line and an exit status
+
+
+class Fault(Exception):
+    """Something the user can mend: the message names the thing, the cause and the remedy in one line."""
+
+    exit_status = 1
+
+
+class UsageError(Fault):
+    exit_status = 2
+
+
+class CheckpointError(Fault):
+    """A checkpoint that cannot be read, or does not fit: names the file, the cause and the remedy."""
+
+    exit_status = 4
+
+
+class FileSystemError(Fault):
+    exit_status = 6
+
+
+class Interrupted(Fault):
+    """A signal stopped the run after its state was saved."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.exit_status = 128 + signum
+
+
+def run(main, config_class, choices=None):
+    """Parse the command line into `config_class`, call `main`, and leave with the status of `Fault`.
+
+    Errors become one line on stderr; `--debug` shows the traceback as well. `choices` as in `parse_config`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a locale that cannot show a character must not stop a run
+    debug = "--debug" in sys.argv
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        check_versions()
+        main(parse_config(config_class, argv, choices))
+        status = 0
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except Exception as error:
+        status, message = describe_error(error)
+        if debug:
+            traceback.print_exc()
+    if status:
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    flush_stdout()
+    sys.exit(status)
+
+
+def describe_error(error):
+    """Return (exit status, one line) for an exception."""
+    text = " ".join(str(error).split())
+    status = getattr(error, "exit_status", None)
+    if status is not None:
+        return status, text
+    if isinstance(error, torch.OutOfMemoryError):
+        return 2, "out of memory on the device: try half the --batch-size"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        return 6, f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
+    return 1, f"internal error, {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def check_versions():
+    """Raise UsageError when torch is older than the floor in requirements.txt."""
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        raise UsageError(f"torch {torch.__version__} is too old: pip install 'torch>={floor}'")
+
+
+def versions():
+    """Return the versions and the machine behind a result, as plain strings."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "numpy": str(numpy.__version__),
+        "platform": platform.platform(),
+    }
+
+
+# ---------------------------------------------------------------- messages
+
+
+def say(line="", log_path=None):
+    """Print a line at once; append it to `log_path` too. A closed stdout (`| head`) stops nothing."""
+    tqdm_safe_print(line)
+    if log_path is not None:
+        with open(log_path, "a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+
+def tqdm_safe_print(line):
+    try:
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+    except BrokenPipeError:
+        silence_stdout()
+
+
+def silence_stdout():
+    """Point stdout at nothing, so that neither a later print nor the interpreter's exit complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def flush_stdout():
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence_stdout()
+
+
+def progress(iterable, total, description, initial=0):
+    """A progress bar on stderr; silent where stderr is no terminal."""
+    return tqdm(
+        iterable, total=total, initial=initial, desc=description, leave=False, disable=not sys.stderr.isatty()
+    )
+
+
+# ---------------------------------------------------------------- options
+
+
+def fraction(text):
+    """Return the float that `8/255` or `0.03` means; ValueError for anything else."""
+    numerator, slash, denominator = text.partition("/")
+    if not slash:
+        return float(text)
+    if float(denominator) == 0:
+        raise ValueError("division by zero")
+    return float(numerator) / float(denominator)
+
+
+def _in_unit(value):
+    return 0 <= value <= 1
+
+
+# What a value may be, by the option's name: (test, what is allowed). Every script shares these names.
+RULES = {
+    **dict.fromkeys(("epsilon", "epsilon_min", "epsilon_max"), (_in_unit, "lies in [0, 1]; 8/255?")),
+    **dict.fromkeys(("lr", "lr_prox", "lr_conprox", "gamma"), (lambda v: v > 0, "is a number above 0")),
+    **dict.fromkeys(
+        ("weight_prox", "weight_conprox", "weight_decay", "decay"),
+        (lambda v: v >= 0, "is a number from 0 up"),
+    ),
+    "step_size": (lambda v: 0 < v <= 1, "lies in (0, 1]; 2/255?"),
+    "momentum": (lambda v: 0 <= v < 1, "lies in [0, 1)"),
+    **dict.fromkeys(
+        ("epochs", "batch_size", "num_steps", "restarts", "eval_every", "limit"),
+        (lambda v: v >= 1, "is a whole number from 1 up"),
+    ),
+    "seed": (lambda v: 0 <= v < 2**63, "is a whole number from 0 to 2^63 - 1"),
+    "aux_dim": (lambda v: v >= 0, "is a whole number from 0 up; 0 is without the branch"),
+    "depth": (lambda v: v >= 8 and v % 6 == 2, "is 6n + 2: 8, 14, 20, ... 110"),
+    **dict.fromkeys(
+        ("save_every_minutes", "max_minutes"), (lambda v: v > 0, "is a number of minutes above 0")
+    ),
+    "milestones": (
+        lambda v: all(a < b for a, b in zip((0, *v), v, strict=False)),
+        "are epochs from 1 up in rising order",
+    ),
+}
+CHOICES = {
+    "dataset": ("cifar10", "folder", "synthetic"),
+    "precision": ("auto", "bfloat16", "float32"),
+    "compile": ("auto", "on", "off"),
+    "layers": ("layer2", "layer3", "fc"),
+    "distance": ("squared", "plain"),
+    "prototype_init": ("normal", "class-means"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+def parse_config(config_class, argv=None, choices=None):
+    """Turn a frozen dataclass into a command line and return an instance with its values.
+
+    `batch_size` is `--batch-size`; a field's trailing comment is its help, the comment line above a group its
+    heading. Floats take fractions, booleans are flags, tuples take several values, `none` is None.
+    `choices` maps further option names to the values allowed. Raises UsageError for a bad value, typed or
+    edited into the script, with the option, the value and what is allowed.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _Parser(description=_docstring(config_class), allow_abbrev=False, add_help=True)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    hints, notes = typing.get_type_hints(config_class), _notes(config_class)
+    group = parser
+    for field in dataclasses.fields(config_class):
+        heading, note = notes.get(field.name, (None, ""))
+        group = parser.add_argument_group(heading) if heading else group
+        _add_option(group, field, hints[field.name], note)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(unknown_name("option", unknown[0].split("=")[0], options))
+    config = config_class(**vars(values))
+    validate(config, choices)
+    return config
+
+
+def _docstring(config_class):
+    return sys.modules[config_class.__module__].__doc__
+
+
+def _notes(config_class):
+    """Map each field to (heading of the group it opens or None, its trailing comment)."""
+    notes, heading = {}, None
+    for line in inspect.getsource(config_class).splitlines():
+        if match := re.match(r"    # (.+)", line):
+            heading = match[1]
+        elif match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
+            notes[match[1]] = (heading, match[2] or "")
+            heading = None
+    return notes
+
+
+def _add_option(group, field, hint, note):
+    option = "--" + field.name.replace("_", "-")
+    common = {"dest": field.name, "default": field.default, "help": f"{note} [{_show(field.default)}]"}
+    common["help"] = common["help"].replace("%", "%%")
+    if hint is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+    elif typing.get_origin(hint) is tuple:
+        convert = _converter(field.name, typing.get_args(hint)[0], optional=False)
+        group.add_argument(option, nargs="*", type=convert, action=_ToTuple, metavar="V", **common)
+    else:
+        optional = isinstance(hint, types.UnionType)
+        convert = _converter(field.name, typing.get_args(hint)[0] if optional else hint, optional)
+        group.add_argument(option, type=convert, metavar="V", **common)
+
+
+class _ToTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _converter(name, kind, optional):
+    def convert(text):
+        if optional and text.lower() == "none":
+            return None
+        try:
+            return fraction(text) if kind is float else kind(text)
+        except (ValueError, OverflowError):
+            allowed = RULES.get(name, (None, f"is a {'number' if kind is float else 'whole number'}"))[1]
+            raise UsageError(f"--{name.replace('_', '-')} {text}: {name} {allowed}") from None
+
+    return convert
+
+
+def _show(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def validate(config, choices=None):
+    """Raise UsageError for the first value of `config` that is of the wrong type or out of bounds."""
+    hints = typing.get_type_hints(type(config))
+    choices = {**CHOICES, **(choices or {})}
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        where = f"--{field.name.replace('_', '-')} {_show(value)}"
+        if not _is_a(value, hint):
+            kind = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            raise UsageError(f"{where}: {field.name} is of type {kind}, not {type(value).__name__}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(v) for v in numbers if isinstance(v, float))
+        test, allowed = RULES.get(field.name, (lambda v: True, "is a finite number"))
+        if not finite or (value is not None and not test(value)):
+            raise UsageError(f"{where}: {field.name} {allowed}")
+        for name in numbers:
+            if field.name in choices and name is not None and name not in choices[field.name]:
+                raise UsageError(unknown_name(where.split()[0], name, choices[field.name]))
+    if getattr(config, "epsilon_min", 0) > getattr(config, "epsilon_max", 1):
+        raise UsageError(f"--epsilon-min {config.epsilon_min} is above --epsilon-max {config.epsilon_max}")
+
+
+def _is_a(value, hint):
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, typing.get_args(hint)[0]) for v in value)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
+
+
+def unknown_name(what, name, valid):
+    """One line for a name that is not in `valid`: lists them and points at the nearest."""
+    near = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{what} {name}: there is no such; valid: {', '.join(map(str, valid))}{hint}"
+
+
+# ---------------------------------------------------------------- device and seeds
+
+
+def select_device(name):
+    """Return the torch.device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; say what `auto` chose."""
+    if name == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        detail = (
+            torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        )
+        say(f"device: {device} ({detail})")
+        return device
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise UsageError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
+    return device
+
+
+def generator(seed, *key):
+    """Return a CPU torch.Generator that depends on (seed, *key) alone: counter-based randomness."""
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def uniform(low, high, generator):
+    """Return a float drawn uniformly from [low, high]."""
+    return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignals:
+    """Within this context SIGINT and SIGTERM ask for a stop (`received`); a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def _handle(self, signum, frame):
+        if self.received is not None:
+            os._exit(128 + signum)
+        self.received = signum
+
+    def __exit__(self, *error):
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+
+# ---------------------------------------------------------------- files
+
+
+def sha256(path):
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare_output(path):
+    """Make the folder of `path`, prove that a file can be written there, and clear stale temporary files.
+
+    Raises FileSystemError, before any work is done rather than after it.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f"{path.name}.*.tmp"):
+            stale.unlink()
+        probe = path.parent / f"{path.name}.{os.getpid()}.tmp"
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise FileSystemError(f"{path}: cannot write there ({error.strerror}); choose another path") from None
+    if path.is_dir():
+        raise FileSystemError(f"{path}: is a directory; name a file in it")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`.
+
+    On any failure `path` stays byte for byte as it was and the temporary file is removed.
+    Raises FileSystemError when the file system refuses.
+    """
+    path = Path(path)
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself survives a power cut
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        if (
+            isinstance(error, RuntimeError)
+            and "write" not in str(error)
+            and "PytorchStream" not in str(error)
+        ):
+            raise
+        cause = getattr(error, "strerror", None) or "the disk is full or failed"
+        raise FileSystemError(f"{path}: not written ({cause}); the old file, if any, is as it was") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def previous_of(path):
+    """Where the checkpoint before the newest one is kept while a run is under way."""
+    return Path(f"{path}.previous")
+
+
+def save_checkpoint(state, path, keep_previous=True):
+    """Write `state` (tensors and plain Python) to `path` atomically, proven readable before it takes the name.
+
+    While a run is under way the checkpoint before is kept as `<path>.previous`; `keep_previous=False` drops it.
+    """
+    path, previous = Path(path), previous_of(path)
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, **state, "versions": versions()}, temporary)
+        _check_zip(temporary)
+        if keep_previous and path.exists():
+            _link(path, previous)
+    if not keep_previous:
+        previous.unlink(missing_ok=True)
+
+
+def _link(source, target):
+    temporary = Path(f"{target}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except (
+        OSError
+    ):  # a file system without hard links: `source` is gone only until the new file takes its name
+        temporary = source
+    os.replace(temporary, target)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU and return its dict; only tensors and plain Python are ever loaded.
+
+    Raises CheckpointError for anything that is not a whole, readable, current checkpoint.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: {_foreign(error)}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); the file is damaged, use another copy"
+        ) from None
+    if not isinstance(state, dict):
+        kind = type(state).__name__
+        raise CheckpointError(
+            f"{path}: holds a {kind}, not a checkpoint; save the model's state_dict instead"
+        )
+    if isinstance(state.get("format"), int) and state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: format {state['format']} is newer than this code reads ({FORMAT}); update the project"
+        )
+    return state
+
+
+def load_newest(path, warn=say):
+    """Read `path`, or the checkpoint kept before it when `path` is damaged, with a warning naming both."""
+    previous = previous_of(path)
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        if not previous.exists():
+            raise
+        state = load_checkpoint(previous)
+        warn(f"warning: {error}; going on from {previous}")
+        return state
+
+
+def _check_file(path):
+    """Raise CheckpointError for whatever can be told about a file before it is unpickled."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
+    if not path.exists():
+        there = sorted(str(file) for file in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
+        raise CheckpointError(
+            f"{path}: no such file; {_maker(path)}in its folder: {', '.join(there) or 'none'}"
+        )
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if not head:
+        raise CheckpointError(f"{path}: is empty; interrupted save? Use another copy or train again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run 'git lfs pull'")
+    if re.match(rb"\s*(<!doctype|<html|<\?xml|<head)", head, re.IGNORECASE):
+        raise CheckpointError(f"{path}: is a web page, not a checkpoint; download the file itself")
+    if head.startswith(b"PK"):
+        _check_zip(path)
+
+
+def _maker(path):
+    """The script that makes a checkpoint of this name, as part of a sentence."""
+    scripts = {
+        "CIFAR10_Softmax": "softmax_training.py",
+        "CIFAR10_PCL": "pcl_training.py",
+        "CIFAR10_PCL_AdvTrain_FGSM": "pcl_training_adversarial_fgsm.py",
+        "CIFAR10_PCL_AdvTrain_PGD": "pcl_training_adversarial_pgd.py",
+    }
+    script = scripts.get(path.name.split(".")[0])
+    return f"python {script} makes it; " if script else ""
+
+
+def _check_zip(path):
+    """Raise CheckpointError unless every record of a zip file has the checksum it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: is cut off or damaged ({error}); interrupted copy? Use another copy"
+        ) from None
+    if damaged:
+        raise CheckpointError(f"{path}: {damaged} fails its checksum; the file is damaged, use another copy")
+
+
+def _foreign(error):
+    """What a refused pickle holds, without a word on how to load it all the same."""
+    names = re.findall(r"(?:GLOBAL|global|class)\s+`?([\w.]+)", str(error))
+    what = f"holds {', '.join(dict.fromkeys(names))}, " if names else "holds something "
+    return f"{what}not only tensors and plain Python; refused, since it could run code: ask for a state_dict"
