@@ -29,9 +29,9 @@ class Proximity(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             # An embedding, not centers[labels]: the gradient of an index adds in whatever order threads come.
-            own = F.embedding(labels.long(), self.centers)
+            own = F.embedding(labels.long(), self.centers).to(features.dtype)
             if self.squared:
-                return F.mse_loss(features, own.to(features.dtype), reduction="sum") / len(labels)
+                return F.mse_loss(features, own, reduction="sum") / len(labels)
             return torch.linalg.vector_norm(features - own, dim=1).mean()  # its gradient at 0 is 0
 
     def extra_repr(self) -> str:
