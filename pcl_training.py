@@ -2,8 +2,8 @@
 
     python pcl_training.py
 
-Cross-entropy and, on the 256-d and 1024-d features, the pull to the own class's prototype less the push from the
-others' (Eq. 5 and 9 of the paper, with the released settings; `README.md` lists where the two differ).
+Cross-entropy and, on the 256-d and 1024-d features, the pull to the own class's prototype less the push from
+the others' (Eq. 5 and 9 of the paper; the released settings, README.md lists where the two differ).
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
     python softmax_training.py
 
-The weights it leaves are the softmax row of the table, and where every PCL script starts from. Settings are the
-released ones; edit them below or pass them as options (`--epochs 20 --depth 20`).
+The weights it leaves are the softmax row of the table, and where every PCL script starts from. Settings are
+the released ones; edit them below or pass them as options (`--epochs 20 --depth 20`).
 """
 
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ class CrossEntropyLoss(nn.Module):
 
 
 class PrototypeConformityLoss(nn.Module):
-    """The joint loss: cross-entropy + sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5, 9).
+    """Cross-entropy + the sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5 and 9).
 
     `feat_dims` maps the supervised layers (fields of the network's outputs) to their widths; a weight of 0
     switches its term off. As released, pull and push have prototypes of their own, distances are squared and
@@ -130,7 +130,7 @@ class PrototypeConformityLoss(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model, frozen=False):
-    """Within: every module in eval mode and, if `frozen`, no parameter asking for a gradient; then all as before."""
+    """Within it all modules are in eval mode and, if `frozen`, no parameter asks for a gradient."""
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
@@ -146,7 +146,7 @@ def evaluating(model, frozen=False):
 
 
 def select_precision(name, device):
-    """Return torch.bfloat16 or torch.float32; `auto` takes bfloat16 where the hardware computes in it natively."""
+    """Return torch.bfloat16 or torch.float32; `auto` is bfloat16 where the hardware has it natively."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -169,69 +169,71 @@ def accuracy(model, split):
 # ---------------------------------------------------------------- starting points
 
 
-def load_network(model, path, classes=None):
-    """Load the weights of a checkpoint, the project's or the authors', into `model`; return the checkpoint.
+def read_network(path):
+    """Return (checkpoint, clean weights, arguments of `resnet`) for a file of this project's or the authors'.
 
-    Raises CheckpointError when depth, class count, auxiliary branch or class names differ, or a weight is not
-    a finite number.
+    Raises CheckpointError when there are no weights, they fit no network, or one is not a finite number.
     """
     state = utils.load_checkpoint(path)
-    weights = weights_of(state, path)
-    there = network_of(weights)
-    for name, value in there.items():
-        if value != getattr(model, name):
-            raise utils.CheckpointError(
-                f"{path}: a network with {name} {value}, not {getattr(model, name)}; "
-                f"give the --{name.replace('_', '-')} it was trained with or another checkpoint"
-            )
-    if classes and state.get("classes") and tuple(state["classes"]) != tuple(classes):
-        raise utils.CheckpointError(
-            f"{path}: trained on other classes ({', '.join(state['classes'][:3])}, ...) than this data set "
-            f"has ({', '.join(classes[:3])}, ...); give the --dataset it was trained on or another checkpoint"
-        )
-    model.load_state_dict(weights)
-    return state
-
-
-def weights_of(state, path):
-    """Return the network's clean, finite state_dict out of a checkpoint's dict; CheckpointError if there is none."""
     weights = state.get("state_dict", state)
     if not (isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values())):
         raise utils.CheckpointError(
-            f"{path}: holds no weights (no state_dict); is it a checkpoint of this project?"
+            f"{path}: holds no weights (no state_dict); is it a network's checkpoint?"
         )
-    weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
+    try:
+        weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
+        network = network_of(weights)
+    except ValueError as error:
+        raise utils.CheckpointError(f"{path}: {error}; was it made by another network?") from None
     for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise utils.CheckpointError(
-                f"{path}: {name} holds NaN or Inf; the run diverged, use an older checkpoint"
+                f"{path}: {name} holds NaN or Inf; the run diverged, use an older file"
             )
-    try:
-        network_of(weights)
-    except ValueError as error:
-        raise utils.CheckpointError(f"{path}: {error}; was it made by another network?") from None
-    return weights
+    return state, weights, network
+
+
+def check_classes(state, path, classes):
+    """Raise CheckpointError when a checkpoint says it was trained on other classes than `classes`."""
+    there = state.get("classes")
+    if there and list(there) != list(classes):
+        raise utils.CheckpointError(
+            f"{path}: trained on other classes ({', '.join(there[:3])}, ...) than this data set has "
+            f"({', '.join(classes[:3])}, ...); give the --dataset it was trained on"
+        )
 
 
 def start_from(model, config, dataset):
-    """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already."""
+    """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already.
+
+    Raises CheckpointError when depth, class count or class names differ. An auxiliary branch that stage 1 did
+    not have keeps its fresh weights.
+    """
     if config.resume and Path(config.save_to).exists():
         return
-    state = load_network(model, config.init_from, dataset.classes)
+    path = config.init_from
+    state, weights, network = read_network(path)
+    for name, value in network.items():
+        if value != getattr(model, name) and not (name == "aux_dim" and value == 0):
+            raise utils.CheckpointError(
+                f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it was "
+                "trained with or another --init-from"
+            )
+    check_classes(state, path, dataset.classes)
+    model.load_state_dict({**model.state_dict(), **weights})
     percent = accuracy(model, dataset.test)
-    utils.say(
-        f"starting from {config.init_from}, epoch {state.get('epoch', '?')}, test accuracy {percent:.2f} %"
-    )
+    utils.say(f"starting from {path}, epoch {state.get('epoch', '?')}, test accuracy {percent:.2f} %")
 
 
 # ---------------------------------------------------------------- one run
 
 
 def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None):
-    """Train to `config.epochs`, logging a row and saving a checkpoint every epoch; resume where `config` says so.
+    """Train to `config.epochs`; log a row and save a checkpoint each epoch; resume where `config` says so.
 
-    `adversary(images, labels, generator) -> images`, if given, doubles each batch with adversarial images made
-    in eval mode. Raises Interrupted after a saved stop by a signal, DivergenceError, and the faults of `utils`.
+    `adversary(images, labels, generator) -> images`, if given, doubles each batch with adversarial images
+    made in eval mode. Raises Interrupted after a saved stop by a signal, DivergenceError, and the faults of
+    `utils`.
     """
     run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
     if not run.open():
@@ -265,7 +267,7 @@ class Run:
     # ------------------------------------------------ opening and resuming
 
     def open(self):
-        """Prove that outputs can be written, resume if asked; return False when there is nothing left to do."""
+        """Prove that outputs can be written, resume if asked; return False when nothing is left to do."""
         config, path = self.config, Path(self.config.save_to)
         utils.prepare_output(path)
         utils.prepare_output(self.log_path)
@@ -274,7 +276,7 @@ class Run:
             self.restore(utils.load_newest(path, warn=self.say))
         elif there and not config.overwrite:
             raise utils.FileSystemError(
-                f"{path}: exists already; --resume goes on with it, --overwrite starts anew, --save-to names another"
+                f"{path}: exists; --resume goes on with it, --overwrite starts anew, --save-to names another"
             )
         else:
             if there:  # the older of two runs must not come back as the previous checkpoint of the newer
@@ -291,9 +293,9 @@ class Run:
         precision = str(self.dtype).removeprefix("torch.")
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{script_name(self.config)}: depth {self.model.depth}, {parameters:,} parameters, {precision} on "
-            f"{self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} test images "
-            f"of {self.dataset.name}; seed {self.config.seed}"
+            f"{script_name(self.config)}: depth {self.model.depth}, {parameters:,} parameters, {precision} "
+            f"on {self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} test "
+            f"images of {self.dataset.name}; seed {self.config.seed}"
         )
 
     def restore(self, state):
@@ -305,7 +307,7 @@ class Run:
                 "--init-from and another --save-to"
             )
         self.check_identity(state, path)
-        self.model.load_state_dict(weights_of(state, path))
+        self.model.load_state_dict(state["state_dict"])
         self.criterion.load_state_dict(state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -315,7 +317,7 @@ class Run:
         self.say(f"resumed {path} at epoch {self.epoch + 1}, batch {self.batch}")
 
     def check_identity(self, state, path):
-        """Print what differs between the saved run's settings and this one's; refuse what identifies the run."""
+        """Print what differs between the saved run's settings and these; refuse what identifies the run."""
         if state["script"] != script_name(self.config):
             raise utils.CheckpointError(f"{path}: made by {state['script']}.py; name another --save-to")
         if state["data"] != describe(self.dataset):
@@ -328,8 +330,8 @@ class Run:
         lines = [f"{name} {before[name]} -> {now[name]}" for name in fixed or differing]
         if fixed:
             raise utils.CheckpointError(
-                f"{path}: this run was begun with other settings ({', '.join(lines)}); resume with the old ones, "
-                "or name another --save-to"
+                f"{path}: begun with other settings ({', '.join(lines)}); resume with the old ones, or name "
+                "another --save-to"
             )
         for line in lines:
             if line.split()[0] not in ("resume", "overwrite"):
@@ -385,8 +387,8 @@ class Run:
     def watch(self, terms):
         """Raise DivergenceError before a step that would follow a lost loss; warn of a term that runs away.
 
-        Reading a loss waits for a GPU, so there it happens every WATCH_EVERY batches and before each save; a NaN
-        in between shows in the sums.
+        Reading a loss waits for a GPU, so there it happens every WATCH_EVERY batches; a NaN in between stays
+        in the sums, which are looked at before each save.
         """
         terms = {name: value.item() for name, value in terms.items()}
         largest = max(abs(value) for value in terms.values())
@@ -395,12 +397,17 @@ class Run:
         if not math.isfinite(sum(terms.values())) or largest > RUNAWAY_STOP:
             before = ", ".join(f"{name} {value:.4g}" for name, value in self.means().items())
             raise DivergenceError(
-                f"diverged at {where}: {text}; this epoch's means before it: {before or 'none'}; lower --lr or the "
-                f"loss weights; {self.config.save_to} was left as it was"
+                f"diverged at {where}: {text}; this epoch's means before it: {before or 'none'}; lower --lr "
+                f"or the loss weights; {self.config.save_to} was left as it was"
             )
         if largest > RUNAWAY_WARNING and not self.warned:
             self.warned = True
             self.say(f"warning: a loss term is running away at {where}: {text}")
+
+    def check_sums(self):
+        """Raise DivergenceError when a loss of this epoch was lost on a batch that nobody looked at."""
+        if not all(math.isfinite(mean) for mean in self.means().values()):
+            self.watch(self.sums)
 
     def means(self):
         """The epoch's means so far as floats."""
@@ -414,6 +421,7 @@ class Run:
     def close_epoch(self, seconds, first_batch):
         """Log the epoch's row, step the schedule, save."""
         config, means = self.config, self.means()
+        self.check_sums()
         images = (
             data.num_batches(len(self.dataset.train), config.batch_size) - first_batch
         ) * config.batch_size
@@ -439,7 +447,8 @@ class Run:
         if (stop.received or out_of_time or due) and self.batch:
             self.save()
         if (stop.received or out_of_time) and not over:
-            message = f"stopped at epoch {self.epoch + 1}, batch {self.batch}; saved to {config.save_to}, --resume goes on"
+            where = f"epoch {self.epoch + 1}, batch {self.batch}"
+            message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
             self.say(message)
             if stop.received:
                 raise utils.Interrupted(stop.received, message)
@@ -447,6 +456,7 @@ class Run:
 
     def save(self, finished=False):
         """Write the checkpoint and the metrics that lie beside the log."""
+        self.check_sums()
         state = {
             "script": script_name(self.config),
             "network": {name: getattr(self.model, name) for name in ("depth", "num_classes", "aux_dim")},

@@ -368,7 +368,7 @@ def uniform(low, high, generator):
 
 
 class StopSignals:
-    """Within this context SIGINT and SIGTERM ask for a stop (`received`); a second one ends the process at once."""
+    """Within it SIGINT and SIGTERM ask for a stop (`received`); a second one ends the process at once."""
 
     def __init__(self):
         self.received = None
@@ -467,9 +467,9 @@ def previous_of(path):
 
 
 def save_checkpoint(state, path, keep_previous=True):
-    """Write `state` (tensors and plain Python) to `path` atomically, proven readable before it takes the name.
+    """Write `state` (tensors, plain Python) to `path` atomically, proven readable before it takes the name.
 
-    While a run is under way the checkpoint before is kept as `<path>.previous`; `keep_previous=False` drops it.
+    While a run is under way the checkpoint before is kept as `PATH.previous`; `keep_previous=False` drops it.
     """
     path, previous = Path(path), previous_of(path)
     with replacing(path) as temporary:
@@ -499,7 +499,7 @@ def load_checkpoint(path):
     Raises CheckpointError for anything that is not a whole, readable, current checkpoint.
     """
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -534,8 +534,9 @@ def load_newest(path, warn=say):
         return state
 
 
-def _check_file(path):
+def check_file(path):
     """Raise CheckpointError for whatever can be told about a file before it is unpickled."""
+    path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
     if not path.exists():

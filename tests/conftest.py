@@ -1,13 +1,11 @@
-"""What every test shares: the repository root on the import path, few threads, no surprises from the shell."""
+"""What all tests share: the repository root on the import path, and no more threads than there are cores."""
 
 import os
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-
-import torch  # noqa: E402
-
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
