@@ -1,0 +1,41 @@
+# make demo       two small trainings and the table, on synthetic images, in a few minutes on two cores
+# make test       ruff and the tests
+# make reproduce  the full recipe on CIFAR-10, from where it stopped
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+
+.PHONY: demo test reproduce clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --no-deps "torchattacks>=3.5"
+	touch $@
+
+SYNTHETIC := --dataset synthetic --depth 8 --overwrite
+demo: $(VENV)/installed
+	$(RUN) softmax_training.py $(SYNTHETIC) --epochs 5 --milestones 4 --save-to demo/softmax.pth.tar
+	$(RUN) pcl_training.py $(SYNTHETIC) --epochs 5 --init-from demo/softmax.pth.tar --save-to demo/pcl.pth.tar
+	$(RUN) robustness.py --dataset synthetic --checkpoints demo/softmax.pth.tar demo/pcl.pth.tar \
+		--results demo/robustness.json
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+reproduce: $(VENV)/installed
+	$(RUN) softmax_training.py --resume
+	$(RUN) pcl_training.py --resume
+	$(RUN) pcl_training_adversarial_fgsm.py --resume
+	$(RUN) pcl_training_adversarial_pgd.py --resume
+	$(RUN) robustness.py --resume
+
+clean:
+	rm -rf $(VENV) demo
