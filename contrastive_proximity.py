@@ -42,8 +42,8 @@ class ContrastiveProximity(nn.Module):
     def _distances(self, points: Tensor) -> Tensor:
         """Distance of each point, M x feat_dim, to each prototype: M x num_classes."""
         # Left to itself, cdist expands the square, |f|^2 + |w|^2 - 2fw, which cancels to noise for features
-        # far from the origin. So asked, it subtracts; it keeps no difference for the backward, and its slope at
-        # distance 0 is 0.
+        # far from the origin. So asked, it subtracts; it keeps no difference for the backward, and its slope
+        # at distance 0 is 0.
         centers = self.centers.to(points.dtype)
         distances = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.square() if self.squared else distances

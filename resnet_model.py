@@ -190,10 +190,10 @@ def network_of(state_dict: dict) -> dict[str, int]:
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})
-    classes, aux_dim = (shapes.get(key, (0,))[:1] for key in ("fcf.weight", "aux.weight"))
-    if not blocks or not classes or classes[0] < 2 or not aux_dim:
+    num_classes, aux_dim = (next(iter(shapes.get(key, ())), 0) for key in ("fcf.weight", "aux.weight"))
+    if not blocks or num_classes < 2:
         raise ValueError("not a ResNet of this project: its weights lack layer1 or fcf")
-    arguments = {"depth": 6 * blocks + 2, "num_classes": classes[0], "aux_dim": aux_dim[0]}
+    arguments = {"depth": 6 * blocks + 2, "num_classes": num_classes, "aux_dim": aux_dim}
 
     name = f"ResNet-{arguments['depth']}"
     with torch.device("meta"):  # shapes without memory, and without drawing from the random generator

@@ -25,7 +25,7 @@ any_loss = st.sampled_from(sorted(LOSSES)).map(LOSSES.get)
 
 
 def pairs_of(loss, labels, num_classes):
-    """What Eq. 5 measures: (i, j, weight), feature to prototype, and (y, j, weight), prototype to prototype."""
+    """Eq. 5's pairs: (i, j, weight), feature to prototype, and (y, j, weight), prototype to prototype."""
     if isinstance(loss, Proximity):
         return [(i, y, 1 / len(labels)) for i, y in enumerate(labels)], []
     weight = 1 / (len(labels) * (num_classes - 1))
