@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import http.client
 import io
+import math
 import pickle
 import socket
 import sys
@@ -233,7 +234,100 @@ def _read_images(paths: list[str], split: str) -> np.ndarray:
     return images
 
 
-_READERS = {"cifar10": _read_cifar10, "folder": _read_folder}
+# Synthetic shapes: nothing to download, and integer arithmetic alone, so every machine makes the same pixels
+
+SHAPES = (
+    "disc", "ring", "square", "frame", "triangle", "cross", "stripes", "checkerboard", "dots", "crescent",
+)  # fmt: skip
+SYNTHETIC_SIZES = {"train": 10_000, "test": 2_000}
+CHUNK = 1_000  # images drawn from one generator, so that a part of the set is the beginning of the whole
+UNIT = 64  # a shape's radius in its own coordinates, which turn and grow with it
+DIRECTIONS = 64  # equally spaced angles a shape can be turned to
+RADIUS = 18, 26  # half pixels
+OFFSET = 7  # of a shape's centre from the image's, at most; half pixels
+BACKGROUND = 90, 165  # of 255, each channel by itself
+TEXTURE, GRAIN = 12, 8  # of 255: how far smooth clouds and single pixels stray from the background
+CONTRAST = 14, 38  # of 255, by which a shape is lighter than what is behind it, each channel by itself
+_SINES = torch.tensor(
+    [round(1024 * math.sin(2 * math.pi * i / DIRECTIONS)) for i in range(DIRECTIONS)], dtype=torch.int32
+)
+
+
+def _read_synthetic(root: Path, split: str, limit: int | None, seed: int):
+    """Make the split from `seed`; the classes take turns, so its first images are already balanced."""
+    total = SYNTHETIC_SIZES[split]
+    labels = np.arange(total) % len(SHAPES)
+    count = len(balanced_indices(labels, limit, split))
+    chunks = []
+    for chunk in range(-(-count // CHUNK)):
+        digest = hashlib.blake2b(f"{split} {chunk} {seed}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        chunks.append(_draw_shapes(torch.from_numpy(labels[chunk * CHUNK : (chunk + 1) * CHUNK]), generator))
+    return SHAPES, torch.cat(chunks)[:count].contiguous(), torch.from_numpy(labels[:count])
+
+
+def _draw_shapes(labels: torch.Tensor, generator: torch.Generator, size: int = 32) -> torch.Tensor:
+    """Return an image of each label's shape, uint8 N x 3 x size x size, on a cloudy, grainy background."""
+
+    def uniform(low, high, *shape):
+        return torch.randint(low, high + 1, (len(labels), *shape), generator=generator, dtype=torch.int32)
+
+    turn, radius = uniform(0, DIRECTIONS - 1, 1, 1), uniform(*RADIUS, 1, 1)
+    axis = 2 * torch.arange(size, dtype=torch.int32) - (size - 1)  # pixel centres, in half pixels
+    x, y = axis - uniform(-OFFSET, OFFSET, 1, 1), axis[:, None] - uniform(-OFFSET, OFFSET, 1, 1)
+    sine, cosine = (
+        _SINES[turn] * UNIT // radius,
+        _SINES[(turn + DIRECTIONS // 4) % DIRECTIONS] * UNIT // radius,
+    )
+    u, v = (cosine * x + sine * y) // 1024, (cosine * y - sine * x) // 1024
+    depth = torch.empty_like(u)
+    for label, shape in enumerate(SHAPES):
+        chosen = labels == label
+        depth[chosen] = _depth(shape, u[chosen], v[chosen])
+    cover = (2 * depth + 8).clamp(0, 16)[:, None]  # sixteenths of a pixel; edges are about a pixel wide
+
+    step = 8  # pixels between the corners that the clouds are interpolated from
+    ramp = torch.arange(step, dtype=torch.int32)
+    clouds = uniform(-TEXTURE, TEXTURE, 3, size // step + 1, size // step + 1)
+    for _ in range(2):
+        clouds = clouds[..., :-1, None] * (step - ramp) + clouds[..., 1:, None] * ramp
+        clouds = clouds.flatten(-2).transpose(-1, -2)
+    behind = uniform(*BACKGROUND, 3, 1, 1) + clouds // step**2 + uniform(-GRAIN, GRAIN, 3, size, size)
+    return (behind + uniform(*CONTRAST, 3, 1, 1) * cover // 16).clamp(0, 255).to(torch.uint8)
+
+
+def _depth(shape: str, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return how far inside a shape the points are, negative outside, in units of 1 / UNIT of its radius."""
+
+    def disc(radius, right=0):  # exact at the rim, where it counts
+        return (radius**2 - (u - right) ** 2 - v**2) // (2 * radius)
+
+    across, least, most = torch.maximum(u.abs(), v.abs()), torch.minimum, torch.maximum
+    match shape:
+        case "disc":
+            return disc(56)
+        case "ring":
+            return least(disc(60), -disc(34))
+        case "square":
+            return 50 - across
+        case "frame":
+            return least(54 - across, across - 30)
+        case "triangle":
+            return 34 - most(v, (111 * u.abs() - 64 * v) // 128)  # 111 / 64: the square root of 3
+        case "cross":
+            return least(16 - least(u.abs(), v.abs()), 60 - across)
+        case "stripes":
+            return least(9 - (v % 36 - 18).abs(), 58 - across)
+        case "checkerboard":
+            return least(28 * ((u // 28 + v // 28) % 2) - 14, 56 - across)
+        case "dots":
+            return most(disc(26, -38), disc(26, 38))
+        case "crescent":
+            return least(disc(60), -disc(50, 30))
+    raise ValueError(f"no such shape: {shape!r}")
+
+
+_READERS = {"cifar10": _read_cifar10, "folder": _read_folder, "synthetic": _read_synthetic}
 DATASETS = tuple(_READERS)  # the names that `load` takes
 
 
