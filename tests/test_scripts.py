@@ -1,0 +1,166 @@
+"""The scripts as a user runs them: real processes, files on disk, the whole pipeline end to end."""
+
+import csv
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from resnet_model import resnet
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = (
+    "softmax_training",
+    "pcl_training",
+    "pcl_training_adversarial_fgsm",
+    "pcl_training_adversarial_pgd",
+)
+CHECKPOINTS = (
+    "Models_Softmax/CIFAR10_Softmax.pth.tar",
+    "Models_PCL/CIFAR10_PCL.pth.tar",
+    "Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar",
+    "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar",
+)
+
+
+def run(script, *options, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, options)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small data set on disk: two classes told apart by their brightness, below a path with spaces."""
+    root = tmp_path_factory.mktemp("Bilder für alle")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("test", 10)):
+        for name, level in (("dark", 60), ("light", 190)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                noise = torch.randint(0, 50, (32, 32, 3), generator=generator)
+                image = Image.fromarray((level + noise).to(torch.uint8).numpy())
+                image.save(root / split / name / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder, tmp_path_factory):
+    """Every script once, at its default paths below an empty working directory."""
+    cwd = tmp_path_factory.mktemp("work dir")
+    data = ("--dataset", "folder", "--data-dir", folder, "--depth", 8, "--epochs", 1, "--batch-size", 16)
+    done = {script: run(script, *data, cwd=cwd) for script in SCRIPTS}
+    done["robustness"] = run("robustness", "--dataset", "folder", "--data-dir", folder, cwd=cwd)
+    return cwd, done
+
+
+@pytest.mark.parametrize("script", (*SCRIPTS, "robustness"))
+def test_every_script_succeeds_silently_on_stderr(pipeline, script):
+    _, done = pipeline
+    assert done[script].returncode == 0, done[script].stderr
+    assert done[script].stderr == ""
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS)
+def test_every_training_leaves_a_checkpoint_a_log_and_metrics(pipeline, path):
+    cwd, _ = pipeline
+    state = torch.load(cwd / path, weights_only=True)
+    assert state["epoch"] == 1 and state["finished"] and state["classes"] == ["dark", "light"]
+    stem = path.removesuffix(".pth.tar")
+    rows = list(csv.DictReader((cwd / f"{stem}.csv").open()))
+    assert len(rows) == 1 and 0 <= float(rows[0]["test_accuracy"]) <= 100
+    columns = {"proximity", "contrastive"} & rows[0].keys()
+    assert columns == (set() if "Softmax" in path else {"proximity", "contrastive"})
+    assert (cwd / f"{stem}.log").read_text().count("\n") >= 3
+    assert not list((cwd / path).parent.glob("*.previous")) and not list((cwd / path).parent.glob("*.tmp"))
+
+
+def test_stage_2_says_where_it_starts(pipeline):
+    _, done = pipeline
+    assert re.search(
+        r"starting from Models_Softmax/CIFAR10_Softmax.pth.tar, epoch 1", done["pcl_training"].stdout
+    )
+
+
+def test_the_table_has_a_row_for_each_checkpoint_and_agrees_with_the_json(pipeline):
+    cwd, done = pipeline
+    lines = [line for line in done["robustness"].stdout.splitlines() if line.startswith("|")]
+    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert header[:6] == ["Training", "No attack", "FGSM", "BIM", "MIM", "PGD"]
+    report = json.loads((cwd / "results/robustness.json").read_text())
+    assert [entry["path"] for entry in report["checkpoints"]] == list(CHECKPOINTS)
+    for line, entry in zip(lines[2:], report["checkpoints"], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        accuracies = [entry["attacks"][name]["accuracy"] for name in ("clean", "fgsm", "bim", "mim", "pgd")]
+        assert cells[1:6] == [f"{accuracy:.2f}" for accuracy in accuracies]
+        for attack in entry["attacks"].values():
+            assert attack["max_delta"] <= 8 / 255 + 1e-7 and attack["images"] == 20
+
+
+def test_weights_in_the_authors_format_are_measured(pipeline, folder, tmp_path):
+    torch.manual_seed(1)
+    model = resnet(num_classes=2, depth=8)
+    weights = {f"module.{key}": value for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+    state = {"epoch": 3, "state_dict": weights, "optimizer_model": optimizer}
+    torch.save(state, tmp_path / "robust.pth.tar")
+    data = ("--dataset", "folder", "--data-dir", folder, "--attacks", "fgsm")
+    done = run("robustness", *data, "--checkpoints", tmp_path / "robust.pth.tar", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| robust " in done.stdout and "depth 8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "status", "said"),
+    [
+        ("robustness", (), 4, ["no checkpoint", "softmax_training.py"]),
+        ("robustness", ("--checkpoints", "nowhere.pth.tar"), 4, ["nowhere.pth.tar: no such file"]),
+        ("robustness", ("--attacks", "fgms"), 2, ["fgms", "did you mean fgsm?"]),
+        ("robustness", ("--epsilon", "8"), 2, ["epsilon lies in [0, 1]; 8/255?"]),
+        (
+            "pcl_training",
+            ("--dataset", "synthetic", "--depth", "8"),
+            4,
+            ["python softmax_training.py makes it"],
+        ),
+        ("softmax_training", ("--dataset", "folder", "--data-dir", "nowhere"), 3, ["nowhere"]),
+        ("softmax_training", ("--batch-sise", "3"), 2, ["--batch-sise", "did you mean --batch-size?"]),
+        ("softmax_training", ("--depth", "9"), 2, ["depth is 6n + 2"]),
+    ],
+)
+def test_bad_input_is_one_line_and_a_status(tmp_path, script, options, status, said):
+    done = run(script, *options, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    for words in said:
+        assert words in done.stderr
+
+
+def test_stage_2_refuses_a_network_of_another_depth_or_class_count(pipeline, folder, tmp_path):
+    cwd, _ = pipeline
+    data = ("--dataset", "folder", "--data-dir", folder, "--epochs", 1)
+    done = run("pcl_training", *data, "--depth", 14, "--init-from", cwd / CHECKPOINTS[0], cwd=tmp_path)
+    assert done.returncode == 4 and "depth 8, not 14" in done.stderr and done.stderr.count("\n") == 1
+    synthetic = ("--dataset", "synthetic", "--limit", 100, "--depth", 8, "--epochs", 1)
+    done = run("pcl_training", *synthetic, "--init-from", cwd / CHECKPOINTS[0], cwd=tmp_path)
+    assert done.returncode == 4 and "num_classes 2, not 10" in done.stderr
+
+
+def test_the_pcl_scripts_differ_in_the_science_alone():
+    """`diff` between two of them shows what is trained on, and nothing else."""
+
+    def changed(first, second):
+        lines = [(ROOT / f"{name}.py").read_text().splitlines() for name in (first, second)]
+        names = re.compile(r"FGSM|PGD|fgsm|pgd|adversarial_\w+|_AdvTrain_\w+")
+        diff = difflib.ndiff(*[[names.sub("", line) for line in text] for text in lines])
+        return [line for line in diff if line[0] in "+-" and line[2:].strip()]
+
+    assert len(changed("pcl_training_adversarial_fgsm", "pcl_training_adversarial_pgd")) <= 15
+    assert len(changed("pcl_training", "pcl_training_adversarial_fgsm")) <= 25
