@@ -7,6 +7,8 @@ import difflib
 import errno
 import hashlib
 import inspect
+import io
+import json
 import math
 import os
 import pickle
@@ -66,25 +68,40 @@ def run(main, config_class, choices=None):
 
     Errors become one line on stderr; `--debug` shows the traceback as well. `choices` as in `parse_config`.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a locale that cannot show a character must not stop a run
+    leave_with_status(lambda argv: main(parse_config(config_class, argv, choices)))
+
+
+def leave_with_status(command):
+    """Call `command(argv)` and end the process: 0, or the status of what was raised, told in one line."""
+    _mend_streams()
     debug = "--debug" in sys.argv
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    message = ""
     try:
         check_versions()
-        main(parse_config(config_class, argv, choices))
+        command(argv)
         status = 0
+    except SystemExit as end:  # --help
+        status = end.code
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except Exception as error:
         status, message = describe_error(error)
         if debug:
             traceback.print_exc()
-    if status:
+    if message:
         with contextlib.suppress(OSError):
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     flush_stdout()
     sys.exit(status)
+
+
+def _mend_streams():
+    """Make stdout and stderr writable: closed ones lead nowhere, and no locale stops a message."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: the next file opened would take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
 
 
 def describe_error(error):
@@ -126,7 +143,7 @@ def say(line="", log_path=None):
     """Print a line at once; append it to `log_path` too. A closed stdout (`| head`) stops nothing."""
     tqdm_safe_print(line)
     if log_path is not None:
-        with open(log_path, "a", encoding="utf-8") as log:
+        with open(log_path, "a", encoding="utf-8", errors="replace") as log:
             log.write(line + "\n")
 
 
@@ -134,7 +151,7 @@ def tqdm_safe_print(line):
     try:
         with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
-    except BrokenPipeError:
+    except OSError:  # nobody reads on, or the disk that stdout leads to is full: the run matters more
         silence_stdout()
 
 
@@ -146,7 +163,7 @@ def silence_stdout():
 def flush_stdout():
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         silence_stdout()
 
 
@@ -429,33 +446,33 @@ def replacing(path):
     temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself survives a power cut
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise FileSystemError(
+            f"{path}: not written ({error.strerror}); the old file, if any, is as it was: free some space or "
+            "choose another path"
+        ) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        if (
-            isinstance(error, RuntimeError)
-            and "write" not in str(error)
-            and "PytorchStream" not in str(error)
-        ):
-            raise
-        cause = getattr(error, "strerror", None) or "the disk is full or failed"
-        raise FileSystemError(f"{path}: not written ({cause}); the old file, if any, is as it was") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_bytes(path, content):
+    """Write a file down to the disk: after a return without error it outlives a power cut."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path, text):
     """Write a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        write_bytes(temporary, text.encode("utf-8", errors="replace"))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -472,13 +489,24 @@ def save_checkpoint(state, path, keep_previous=True):
     While a run is under way the checkpoint before is kept as `PATH.previous`; `keep_previous=False` drops it.
     """
     path, previous = Path(path), previous_of(path)
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state, "versions": versions()}, content)
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, **state, "versions": versions()}, temporary)
+        write_bytes(temporary, content.getbuffer())
         _check_zip(temporary)
-        if keep_previous and path.exists():
+        if keep_previous and _is_whole(path):
             _link(path, previous)
     if not keep_previous:
         previous.unlink(missing_ok=True)
+
+
+def _is_whole(path):
+    """Whether there is a checkpoint worth keeping: a damaged one must not push out the good one before it."""
+    try:
+        _check_zip(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _link(source, target):
@@ -486,24 +514,22 @@ def _link(source, target):
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
-    except (
-        OSError
-    ):  # a file system without hard links: `source` is gone only until the new file takes its name
+    except OSError:  # no hard links here: `source` is gone only until the new file takes its name
         temporary = source
     os.replace(temporary, target)
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU and return its dict; only tensors and plain Python are ever loaded.
+    """Read a checkpoint or exported weights onto the CPU and return the dict; no code of it is ever run.
 
     Raises CheckpointError for anything that is not a whole, readable, current checkpoint.
     """
     path = Path(path)
-    check_file(path)
+    head = check_file(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_foreign(error)}") from None
+        state = _read_safetensors(path) if head[8:9] == b"{" else _read_pickle(path)
+    except Fault:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -521,6 +547,13 @@ def load_checkpoint(path):
     return state
 
 
+def _read_pickle(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: {_foreign(error)}") from None
+
+
 def load_newest(path, warn=say):
     """Read `path`, or the checkpoint kept before it when `path` is damaged, with a warning naming both."""
     previous = previous_of(path)
@@ -535,7 +568,7 @@ def load_newest(path, warn=say):
 
 
 def check_file(path):
-    """Raise CheckpointError for whatever can be told about a file before it is unpickled."""
+    """Return the first bytes of a file; CheckpointError for whatever they tell without unpickling it."""
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
@@ -557,6 +590,7 @@ def check_file(path):
         raise CheckpointError(f"{path}: is a web page, not a checkpoint; download the file itself")
     if head.startswith(b"PK"):
         _check_zip(path)
+    return head
 
 
 def _maker(path):
@@ -575,6 +609,8 @@ def _check_zip(path):
     """Raise CheckpointError unless every record of a zip file has the checksum it was written with."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed, as no checkpoint is")
             damaged = archive.testzip()
     except Exception as error:
         raise CheckpointError(
@@ -589,3 +625,95 @@ def _foreign(error):
     names = re.findall(r"(?:GLOBAL|global|class)\s+`?([\w.]+)", str(error))
     what = f"holds {', '.join(dict.fromkeys(names))}, " if names else "holds something "
     return f"{what}not only tensors and plain Python; refused, since it could run code: ask for a state_dict"
+
+
+# ---------------------------------------------------------------- weights to hand on
+
+HANDED_ON = (
+    *("format", "script", "network", "classes", "data", "config", "epoch", "finished", "history"),
+    *("state_dict", "criterion", "versions"),
+)
+OF_THE_MACHINE = ("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite", "device")
+
+
+def export(source, target):
+    """Write the weights and prototypes of a checkpoint, without its optimiser and paths; return the SHA-256.
+
+    A `target` that ends in .safetensors is of that format. Both kinds load wherever a checkpoint does.
+    """
+    state, target = load_checkpoint(source), Path(target)
+    state = state if "state_dict" in state else {"state_dict": state}
+    kept = {name: state[name] for name in HANDED_ON if name in state}
+    for part in ("state_dict", "criterion"):
+        tensors = kept.get(part, {}).items()
+        kept[part] = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors}
+    config = kept.get("config", {}).items()
+    kept["config"] = {name: value for name, value in config if name not in OF_THE_MACHINE}
+    if target.exists():
+        raise FileSystemError(f"{target}: exists; remove it or name another file")
+    prepare_output(target)
+    content = io.BytesIO()
+    if target.suffix == ".safetensors":
+        content.write(_to_safetensors(kept))
+    else:
+        torch.save(kept, content)
+    with replacing(target) as temporary:
+        write_bytes(temporary, content.getbuffer())
+    load_checkpoint(target)
+    return sha256(target)
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UsageError(
+            "reading and writing .safetensors needs a package: pip install safetensors"
+        ) from None
+    return safetensors
+
+
+def _to_safetensors(state):
+    """The weights under their own names, the prototypes as criterion.*, the rest as JSON in the header."""
+    prototypes = {f"criterion.{name}": value for name, value in state["criterion"].items()}
+    tensors = {**state["state_dict"], **prototypes}
+    rest = json.dumps({name: state[name] for name in state if name not in ("state_dict", "criterion")})
+    header = {"checkpoint": rest, "sha256": _digest(tensors, rest)}
+    return _safetensors().torch.save(tensors, header)
+
+
+def _read_safetensors(path):
+    with _safetensors().safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    rest = header.get("checkpoint", "{}")
+    if "sha256" in header and header["sha256"] != _digest(tensors, rest):
+        raise CheckpointError(f"{path}: fails its checksum; the file is damaged, use another copy")
+    parts = {"state_dict": {}, "criterion": {}}
+    for name, value in tensors.items():
+        part = "criterion" if name.startswith("criterion.") else "state_dict"
+        parts[part][name.removeprefix("criterion.")] = value
+    return {**json.loads(rest), **parts}
+
+
+def _digest(tensors, text):
+    """SHA-256 of named tensors and a text: the format itself has no checksum."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def main(argv):
+    parser = _Parser(description="Write the weights and prototypes of a checkpoint, without the optimiser.")
+    parser.add_argument("command", choices=("export",))
+    parser.add_argument("checkpoint", help="what a training script saved")
+    parser.add_argument("path", help="the file to write; .safetensors chooses that format")
+    options = parser.parse_args(argv)
+    digest = export(options.checkpoint, options.path)
+    say(f"exported {options.checkpoint} to {options.path}, sha256 {digest}")
+
+
+if __name__ == "__main__":
+    leave_with_status(main)
