@@ -1,0 +1,429 @@
+"""The hidden space in two dimensions: clean images above, the same images under attack below (Figure 1).
+
+    python plot_features.py
+
+One column a checkpoint, by default every default one that exists. The axes of a column are the first two
+principal ones of its clean features; a feature of two units is drawn as it is. Stars are the prototypes that
+features were pulled to, where the checkpoint holds them. The numbers behind the picture, of the features as
+they are and not of their projection, are printed and written as JSON beside it. The picture needs matplotlib
+(`pip install matplotlib`), the numbers do not.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import attacks
+import data
+import evaluation
+import training
+import utils
+from robustness import DEFAULT_CHECKPOINTS
+
+SUFFIXES = (".png", ".pdf", ".svg")
+LAYERS = ("layer2", "layer3", "fc")
+ATTACKS = ("noise", "fgsm", "bim", "mim", "pgd", "apgd", "apgd_dlr")
+# Petroff, "Accessible color sequences for data visualization" (2021): ten colours told apart by all.
+COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+    "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)  # fmt: skip
+PGD_STEP = 2 / 255  # the released step; BIM and MIM take epsilon / num_steps
+HEADINGS = {  # of the numbers in the table
+    "accuracy": "Accuracy %",
+    "within": "Within",
+    "between": "Between",
+    "ratio": "Within/between",
+    "overlap": "Overlap %",
+    "moved": "Moved",
+    "shown": "Shown %",
+}
+LEGEND_LIMIT = 20  # classes beyond which a legend would say nothing
+BLOCK = 1024  # rows of the distance matrix at a time
+
+
+@dataclass(frozen=True)
+class Config:
+    # data and files
+    dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
+    data_dir: str = "data"  # where the images are, or are downloaded to
+    limit: int | None = 1000  # the first so many test images, class-balanced; none: all
+    checkpoints: tuple[str, ...] = ()  # the columns; none given: the default ones that exist
+    picture: str = "features.png"  # .png, .pdf or .svg; the numbers lie beside it as .json
+    # features
+    layer: str = "fc"  # layer2, layer3 or fc, the penultimate one
+    # attack
+    attack: str = "pgd"  # noise, fgsm, bim, mim, pgd, apgd or apgd_dlr
+    epsilon: float = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
+    num_steps: int = 10  # of all but FGSM
+    step_size: float | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
+    random_start: bool = False  # PGD from a random point of the ball; the released evaluation does not
+    decay: float = 1.0  # of MIM's momentum
+    # run
+    batch_size: int = 500
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    seed: int = 0
+
+
+# ---------------------------------------------------------------- features
+
+
+class Cloud(NamedTuple):
+    """Features of N images, float64 N x D, and which images are classified right, bool (N,); on the CPU."""
+
+    features: Tensor
+    correct: Tensor
+
+
+class Column(NamedTuple):
+    """What is drawn and told of one checkpoint: rows `clean` and `attacked`, in that order."""
+
+    target: evaluation.Target
+    rows: dict[str, Cloud]
+    points: dict[str, Tensor]  # name of the row: N x 2
+    prototypes: Tensor | None  # num_classes x 2
+    numbers: dict[str, dict[str, float | None]]
+
+
+def choose_attack(config: Config) -> Callable[..., Tensor]:
+    """The attack of `config` as a function (model_fn, images, labels, generator) -> images."""
+    steps = {"num_steps": config.num_steps}
+    sized = {**steps, "step_size": config.step_size}
+    pgd = {**steps, "step_size": config.step_size or PGD_STEP, "random_start": config.random_start}
+    options = {
+        "bim": sized,
+        "mim": {**sized, "decay": config.decay},
+        "pgd": pgd,
+        "apgd": steps,
+        "apgd_dlr": steps,
+    }
+
+    def attack(model_fn, images, labels, generator):
+        extra = {"generator": generator} if config.attack in ("noise", "pgd", "apgd", "apgd_dlr") else {}
+        function, settings = attacks.ATTACKS[config.attack], options.get(config.attack, {})
+        return function(model_fn, images, labels, config.epsilon, **settings, **extra)
+
+    return attack
+
+
+def collect(config: Config, target: evaluation.Target, split: data.Split) -> dict[str, Cloud]:
+    """The features of `split` at `config.layer`: `clean` and under the attack, in the order of the split.
+
+    Float32 in eval mode, block by block as in `robustness.py`: the same attacked images for the same seed.
+    """
+    attack = choose_attack(config)
+    blocks = {"clean": [], "attacked": []}
+    starts = range(0, len(split), config.batch_size)
+    for block, start in enumerate(utils.progress(starts, len(starts), target.label)):
+        labels = split.labels[start : start + config.batch_size]
+        images = data.to_float(split.images[start : start + config.batch_size])
+        images = images.contiguous(memory_format=torch.channels_last)
+        generator = utils.generator(config.seed, "evaluation", block)
+        with evaluation.exact_float32():
+            attacked = attack(target.view, images, labels, generator)
+            with torch.no_grad():
+                outputs = {"clean": target.judge(images), "attacked": target.judge(attacked)}
+        for name, output in outputs.items():
+            correct = output.logits.argmax(1) == labels
+            blocks[name].append((getattr(output, config.layer).cpu().double(), correct.cpu()))
+    rows = {name: Cloud(*map(torch.cat, zip(*parts, strict=True))) for name, parts in blocks.items()}
+    for name, cloud in rows.items():
+        if not cloud.features.isfinite().all():
+            raise training.DivergenceError(f"{target.path}: {name} {config.layer} features hold NaN or Inf")
+    return rows
+
+
+def read_prototypes(path: str, layer: str, shape: tuple[int, int]) -> Tensor | None:
+    """The prototypes a checkpoint's features at `layer` were pulled to, float64, or None where it has none.
+
+    Without a pull they are those features were pushed from. Others than of `shape` are none.
+    """
+    criterion = utils.load_checkpoint(path).get("criterion")
+    for term in ("proximity", "contrastive"):
+        centers = criterion.get(f"{term}.{layer}.centers") if isinstance(criterion, dict) else None
+        if isinstance(centers, Tensor) and centers.shape == shape and centers.isfinite().all():
+            return centers.double()
+    return None
+
+
+# ---------------------------------------------------------------- two dimensions
+
+
+def principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The frame in which N x D features, D from 2 up, are drawn: origin (D,) and axes (2, D), in float64.
+
+    Orthonormal directions of largest variance, the larger first; of either direction's two signs the one
+    where the entry of largest size is positive. Two units are drawn as they are: origin 0, unit axes.
+    """
+    features = features.double()
+    if features.shape[1] == 2:
+        return torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    origin = features.mean(0)
+    centred = features - origin
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors  # in columns, by rising variance
+    axes = directions[:, -2:].flip(1).T
+    return origin, axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+
+
+def project(features: Tensor, origin: Tensor, axes: Tensor) -> Tensor:
+    """Coordinates, N x 2, of N x D features in the frame of `principal_axes`."""
+    return (features.double() - origin) @ axes.T
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The mean feature of each class, num_classes x D, NaN for a class without images."""
+    sums = torch.zeros(num_classes, features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
+
+
+def pair_distances(features: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
+    """Mean Euclidean distance of two images of one class, and of two of different classes.
+
+    Every pair counts once; an image and itself are no pair. None: there is no such pair.
+    """
+    features = features - features.mean(0)  # what cdist loses grows with the distance from the origin
+    same_sum = other_sum = same_count = other_count = 0.0
+    for start in range(0, len(labels), BLOCK):
+        rows = slice(start, start + BLOCK)
+        distances = torch.cdist(features[rows], features)
+        same = labels[rows, None] == labels
+        distances.diagonal(start).zero_()
+        same_sum += distances[same].sum().item()
+        other_sum += distances[~same].sum().item()
+        same_count += same.sum().item() - len(distances)
+        other_count += (~same).sum().item()
+    return same_sum / same_count if same_count else None, other_sum / other_count if other_count else None
+
+
+def overlap(features: Tensor, labels: Tensor, means: Tensor) -> float:
+    """Percent of the images whose nearest class mean is not that of their own class."""
+    nearest = torch.cdist(features, means).nan_to_num(torch.inf).argmin(1)
+    return 100 * (nearest != labels).double().mean().item()
+
+
+def shown(features: Tensor, points: Tensor) -> float | None:
+    """Percent of the variance of N x D features that their N x 2 projection holds; None: they do not vary."""
+    total = features.var(0, correction=0).sum().item()
+    return 100 * points.var(0, correction=0).sum().item() / total if total else None
+
+
+def measure(rows: dict[str, Cloud], labels: Tensor, num_classes: int) -> dict[str, dict[str, float | None]]:
+    """What the picture shows as numbers, for clean and attacked images, None where there is no such number.
+
+    accuracy: percent classified right. within, between, ratio: `pair_distances` and their quotient. overlap:
+    percent nearer to the clean mean of another class than to their own's. moved: mean distance between an
+    image's feature and its clean feature.
+    """
+    clean = rows["clean"].features
+    means = class_means(clean, labels, num_classes)
+    numbers = {}
+    for name, (features, correct) in rows.items():
+        within, between = pair_distances(features, labels)
+        numbers[name] = {
+            "accuracy": 100 * correct.double().mean().item(),
+            "within": within,
+            "between": between,
+            "ratio": within / between if within is not None and between else None,
+            "overlap": overlap(features, labels, means),
+            "moved": (features - clean).norm(dim=1).mean().item(),
+        }
+    return numbers
+
+
+def make_column(config: Config, target: evaluation.Target, dataset: data.Dataset) -> Column:
+    """Attack, project and measure one checkpoint."""
+    rows = collect(config, target, dataset.test)
+    origin, axes = principal_axes(rows["clean"].features)
+    points = {name: project(cloud.features, origin, axes) for name, cloud in rows.items()}
+    shape = (len(dataset.classes), axes.shape[1])
+    prototypes = read_prototypes(target.path, config.layer, shape)
+    drawn = None if prototypes is None else project(prototypes, origin, axes)
+    numbers = measure(rows, dataset.test.labels.cpu(), len(dataset.classes))
+    for name, cloud in rows.items():
+        numbers[name]["shown"] = shown(cloud.features, points[name])
+    return Column(target, rows, points, drawn, numbers)
+
+
+# ---------------------------------------------------------------- reports
+
+
+def to_markdown(columns: list[Column]) -> str:
+    """The numbers as a table: two rows a checkpoint, clean and attacked."""
+    names = list(HEADINGS)
+    table = [["Checkpoint", "Images", *HEADINGS.values()]]
+    for column in columns:
+        for row, numbers in column.numbers.items():
+            cells = ["-" if numbers[name] is None else f"{numbers[name]:.4g}" for name in names]
+            table.append([column.target.label, row, *cells])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def to_json(config: Config, dataset: data.Dataset, columns: list[Column]) -> str:
+    """The numbers with all that is needed to repeat them, as JSON text."""
+    checkpoints = [
+        {
+            "path": column.target.path,
+            "sha256": column.target.sha256,
+            "label": column.target.label,
+            "depth": column.target.depth,
+            "origin": column.target.origin,
+            "feature_width": column.rows["clean"].features.shape[1],
+            "prototypes": column.prototypes is not None,
+            **column.numbers,
+        }
+        for column in columns
+    ]
+    report = {
+        "settings": training.config_dict(config),
+        "data": training.describe(dataset),
+        "classes": list(dataset.classes),
+        "checkpoints": checkpoints,
+        "versions": utils.versions(),
+    }
+    return json.dumps(report, indent=2) + "\n"
+
+
+def attack_title(config: Config) -> str:
+    """The attack as a heading has it: its name and its radius."""
+    name = config.attack if config.attack == "noise" else config.attack.upper().replace("_", "-")
+    return f"{name}, ε = {255 * config.epsilon:.4g}/255"
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def palette(count: int) -> list:
+    """`count` colours: the ten of the palette, or, where there are more classes, a walk round the hues."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    import matplotlib
+
+    return [matplotlib.colormaps["hsv"](index / count) for index in range(count)]
+
+
+def view(column: Column) -> tuple[Tensor, float]:
+    """Centre (2,) and half the side of the square that shows a column: 99 % of either row, all prototypes."""
+    clouds = [
+        cloud.quantile(torch.tensor([0.005, 0.995], dtype=cloud.dtype), 0) for cloud in column.points.values()
+    ]
+    corners = torch.cat([*clouds, *([] if column.prototypes is None else [column.prototypes])])
+    low, high = corners.amin(0), corners.amax(0)
+    return (low + high) / 2, 0.54 * (high - low).max().item() or 1.0
+
+
+def draw(config: Config, dataset: data.Dataset, columns: list[Column], figure_class: type) -> object:
+    """The picture as a matplotlib figure: a column a checkpoint, clean above and attacked below."""
+    colours = palette(len(dataset.classes))
+    size = (4.8 * len(columns) + 0.6, 10.9)  # inches
+    figure = figure_class(figsize=size, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    grid = figure.subplots(2, len(columns), squeeze=False)
+    labels = dataset.test.labels.cpu()
+    titles = {"clean": "no attack", "attacked": attack_title(config)}
+    for panels, column in zip(grid.T, columns, strict=True):
+        for panel, name in zip(panels, titles, strict=True):
+            draw_panel(panel, column, name, labels, colours)
+    for panel, title in zip(grid[:, 0], titles.values(), strict=True):
+        panel.set_ylabel(title, fontsize=14, labelpad=8)
+    legend(figure, dataset.classes, colours, any(column.prototypes is not None for column in columns))
+    return figure
+
+
+def draw_panel(panel, column: Column, name: str, labels: Tensor, colours: list) -> None:
+    """One row of one column: the points in random order, so that no class lies on top, and the prototypes."""
+    order = torch.randperm(len(labels), generator=utils.generator(0, "order of drawing"))
+    size = 14 if len(labels) <= 2000 else 6  # points squared
+    dots = [colours[label] for label in labels[order]]
+    panel.scatter(*column.points[name][order].T.numpy(), s=size, c=dots, alpha=0.6, linewidths=0)
+    if column.prototypes is not None:
+        stars = {"marker": "*", "s": 170, "edgecolors": "black", "linewidths": 0.9}
+        panel.scatter(*column.prototypes.T.numpy(), c=colours, **stars)
+    (x, y), half = view(column)
+    panel.set(xlim=(x - half, x + half), ylim=(y - half, y + half), aspect="equal", xticks=[], yticks=[])
+    panel.spines[:].set(color="#bbbbbb")
+    numbers = column.numbers[name]
+    panel.set_title(f"{column.target.label}: accuracy {numbers['accuracy']:.1f} %", fontsize=14)
+    notes = {"within / between": ("ratio", ".2f", ""), "overlap": ("overlap", ".0f", " %")}
+    notes["variance shown"] = ("shown", ".0f", " %")
+    known = {text: note for text, note in notes.items() if numbers[note[0]] is not None}
+    parts = [f"{text} {numbers[key]:{digits}}{unit}" for text, (key, digits, unit) in known.items()]
+    panel.set_xlabel("   ".join(parts), fontsize=11, color="#444444")
+
+
+def legend(figure, classes: tuple[str, ...], colours: list, prototypes: bool) -> None:
+    """One legend for all panels, below them."""
+    from matplotlib.lines import Line2D
+
+    style = {"linestyle": "none", "markeredgecolor": "none"}
+    names = zip(classes, colours, strict=True) if len(classes) <= LEGEND_LIMIT else ()
+    handles = [Line2D([], [], marker="o", markersize=8, color=c, label=name, **style) for name, c in names]
+    if prototypes:
+        style["markeredgecolor"] = "black"
+        handles.append(Line2D([], [], marker="*", markersize=12, color="white", label="prototype", **style))
+    if handles:
+        rows = -(-len(handles) // 6)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=-(-len(handles) // rows),
+            frameon=False,
+            fontsize=12,
+        )
+
+
+def save_picture(config: Config, dataset: data.Dataset, columns: list[Column]) -> None:
+    """Draw and write the picture; UsageError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise utils.UsageError(
+            f"{config.picture}: drawing needs matplotlib: pip install matplotlib; the numbers are written"
+        ) from None
+    figure = draw(config, dataset, columns, Figure)
+    with utils.replacing(config.picture) as temporary:
+        figure.savefig(temporary, format=Path(config.picture).suffix[1:], dpi=150)
+    utils.say(f"picture: {config.picture}")
+
+
+def main(config: Config) -> None:
+    paths = config.checkpoints or [path for path in DEFAULT_CHECKPOINTS if Path(path).exists()]
+    if not paths:
+        raise utils.CheckpointError(
+            f"no checkpoint to draw: none of {', '.join(DEFAULT_CHECKPOINTS)} exists; "
+            "python softmax_training.py makes the first, --checkpoints names others"
+        )
+    if Path(config.picture).suffix not in SUFFIXES:
+        raise utils.UsageError(f"--picture {config.picture}: picture ends in {', '.join(SUFFIXES)}")
+    numbers = Path(config.picture).with_suffix(".json")
+    for path in (config.picture, numbers):
+        utils.prepare_output(path)
+    device = utils.select_device(config.device)
+    for path in paths:
+        utils.check_file(path)
+    dataset = data.load(
+        config.dataset, config.data_dir, limit=config.limit, seed=config.seed, device=device, splits=("test",)
+    )
+    targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
+    columns = [make_column(config, target, dataset) for target in targets]
+    utils.write_text(numbers, to_json(config, dataset, columns))
+    utils.say("\n" + to_markdown(columns) + "\n")
+    utils.say(
+        f"Features at {config.layer} of {len(dataset.test):,} test images of {dataset.name}; "
+        f"attacked: {attack_title(config)}; seed {config.seed}; numbers: {numbers}"
+    )
+    save_picture(config, dataset, columns)
+
+
+if __name__ == "__main__":
+    utils.run(main, Config, {"attack": ATTACKS, "layer": LAYERS})
