@@ -1,12 +1,18 @@
-"""What `robustness.py` measures with: outcomes per image, checks of every attack's result, reports."""
+"""What `robustness.py` measures with: the networks under test, and what each attack did to each image.
 
+`Target` is a network under test, `Trial` an attack with its settings (module `suite` makes them), `Outcome`
+what one did to the other, image by image. `measure_all` fills a `Progress`, block by block, so that a stopped
+evaluation goes on where it was. Modules `reports` and `sanity` read what is in there.
+"""
+
+import contextlib
 import dataclasses
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attacks
 import data
@@ -14,8 +20,7 @@ import training
 import utils
 from resnet_model import folded, resnet
 
-CLEAN = "clean"  # the attack that changes nothing
-NAMES = {CLEAN: "No attack", "fgsm": "FGSM", "bim": "BIM", "mim": "MIM", "pgd": "PGD"}  # table headings
+FORMAT = 2  # of the file that a stopped evaluation leaves
 LABELS = {  # what a checkpoint's row is called, by the script that made it
     "softmax_training": "Softmax",
     "pcl_training": "PCL",
@@ -23,139 +28,301 @@ LABELS = {  # what a checkpoint's row is called, by the script that made it
     "pcl_training_adversarial_pgd": "PCL + PGD images",
 }
 SAVE_EVERY = 60.0  # seconds between saves of what is done
-PGD_STEP = 2 / 255  # the released step of PGD; BIM and MIM take epsilon / num_steps
+# What may differ between an evaluation and its continuation.
+FREE_ON_RESUME = {"data_dir", "checkpoints", "source_checkpoint", "results", "resume", "device"}
 
 
-# ---------------------------------------------------------------- what is attacked
+# ---------------------------------------------------------------- what is measured
+
+
+class Prototypes(nn.Module):
+    """The joint loss of a checkpoint, image by image, and the rule that predicts the nearest prototype."""
+
+    def __init__(self, criterion, config):
+        """`criterion`: the state of a PrototypeConformityLoss; `config`: the settings it was trained with."""
+        super().__init__()
+        self.pull, self.push = (
+            nn.ParameterDict(
+                {
+                    key.split(".")[1]: nn.Parameter(value.float(), requires_grad=False)
+                    for key, value in criterion.items()
+                    if key.startswith(f"{term}.") and key.endswith(".centers")
+                }
+            )
+            for term in ("proximity", "contrastive")
+        )
+        self.weight_prox, self.weight_conprox = config["weight_prox"], config["weight_conprox"]
+        self.squared = config.get("distance", "squared") == "squared"
+        self.layer = next((name for name in ("fc", "layer3", "layer2") if name in self.pull), None)
+
+    def distances(self, features, centers):
+        """Squared or plain distance, as trained, of each feature to each prototype, (N, K)."""
+        distances = torch.cdist(features.float(), centers, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.square() if self.squared else distances
+
+    def scores(self, outputs):
+        """Minus the distance to each class's prototype on the deepest supervised layer (Eq. 6), (N, K)."""
+        return -self.distances(getattr(outputs, self.layer), self.pull[self.layer])
+
+    def joint_loss(self, outputs, labels):
+        """Cross-entropy + weight_prox * pull - weight_conprox * push (Eq. 9) of each image, (N,).
+
+        The term between prototypes is left out: it does not depend on the image.
+        """
+        loss = attacks.cross_entropy(outputs, labels)
+        for layer, centers in self.pull.items():
+            distances = self.distances(getattr(outputs, layer), centers)
+            loss = loss + self.weight_prox * distances.gather(1, labels[:, None])[:, 0]
+        for layer, centers in self.push.items():
+            distances = self.distances(getattr(outputs, layer), centers)
+            others = distances.scatter(1, labels[:, None], 0.0).sum(1) / (len(centers) - 1)
+            loss = loss - self.weight_conprox * others
+        return loss
+
+
+class NearestPrototype(nn.Module):
+    """A network whose scores are minus the distances to the prototypes: the prediction of Eq. 6."""
+
+    def __init__(self, network, prototypes):
+        super().__init__()
+        self.network, self.prototypes = network, prototypes
+
+    def forward(self, images):
+        outputs = self.network(images)
+        return outputs._replace(logits=self.prototypes.scores(outputs))
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A checkpoint to be measured: its network in eval mode, and where it comes from."""
+    """A network under test. `view` is what attacks differentiate, `judge` what decides on their results.
 
-    path: str
-    sha256: str
+    Both map images in [0, 1] to logits or to a tuple with a field `logits`; frozen, in eval mode. Of a
+    checkpoint, `view` is `judge` with its batch norms folded: the same function up to rounding, faster.
+    """
+
     label: str
-    depth: int
-    model: torch.nn.Module
-    origin: dict  # the script, settings and data behind it, where the checkpoint says
+    sha256: str
+    judge: nn.Module
+    view: nn.Module
+    path: str = ""
+    depth: int | None = None
+    prototypes: Prototypes | None = None
+    origin: dict = dataclasses.field(default_factory=dict)  # the script, settings and data behind it
+
+    def logits(self, images):
+        """The judge's scores of `images`, float32 or wider, (N, K)."""
+        outputs = self.judge(images)
+        logits = getattr(outputs, "logits", outputs)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def load_target(path, device, classes):
-    """Read a checkpoint; depth and class count are its own. Raises CheckpointError."""
-    state, weights, network = training.read_network(path)
+def load_target(path, device, classes, predict="softmax"):
+    """Read a checkpoint; depth and class count are its own. Raises CheckpointError.
+
+    `predict`: by the largest logit, `softmax`, or by the nearest `prototype`.
+    """
+    state, model, prototypes = _load(path, device)
     training.check_classes(state, path, classes)
-    if network["num_classes"] != len(classes):
+    if model.num_classes != len(classes):
         raise utils.CheckpointError(
-            f"{path}: a network of {network['num_classes']} classes, but the data set has {len(classes)}"
+            f"{path}: a network of {model.num_classes} classes, but the data set has {len(classes)}"
         )
+    judge, view = model, folded(model).network.to(memory_format=torch.channels_last)
+    if predict == "prototype":
+        if prototypes is None or prototypes.layer is None:
+            raise utils.CheckpointError(
+                f"{path}: holds no prototypes to predict with; --predict softmax, or a checkpoint of stage 2"
+            )
+        judge, view = NearestPrototype(judge, prototypes), NearestPrototype(view, prototypes)
+    kept = {name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state}
+    label = LABELS.get(state.get("script"), Path(path).name.split(".")[0])
+    return Target(
+        label, utils.sha256(path), judge.eval(), view.eval(), str(path), model.depth, prototypes, kept
+    )
+
+
+def _load(path, device):
+    """(checkpoint, its network in eval mode, its prototypes or None)."""
+    state, weights, network = training.read_network(path)
     model = resnet(**network)
     model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    label = LABELS.get(state.get("script"), Path(path).name.split(".")[0])
-    kept = {name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state}
-    return Target(str(path), utils.sha256(path), label, network["depth"], model, kept)
+    criterion, config = state.get("criterion") or {}, state.get("config") or {}
+    has = any(key.endswith(".centers") for key in criterion) and "weight_prox" in config
+    return state, model, Prototypes(criterion, config).to(device).eval() if has else None
 
 
-def choose_attacks(config):
-    """Map names to functions (model_fn, images, labels, generator, trace); `clean`, the first, to None."""
-    iterative = {"step_size": config.step_size, "num_steps": config.num_steps}
-    options = {
-        "fgsm": {},
-        "bim": iterative,
-        "mim": {**iterative, "decay": config.decay},
-        "pgd": {
-            "num_steps": config.num_steps,
-            "step_size": config.step_size or PGD_STEP,
-            "random_start": config.random_start,
-            "restarts": config.restarts,
-        },
-    }
+def classifier(path, device="cpu"):
+    """The network of a checkpoint as a frozen nn.Module, images in [0, 1] -> logits, in eval mode.
 
-    def bound(name):
-        def attack(model_fn, images, labels, generator, trace):
-            extra = {"generator": generator} if name == "pgd" else {}
-            function = attacks.ATTACKS[name]
-            return function(model_fn, images, labels, config.epsilon, trace=trace, **options[name], **extra)
+    What AutoAttack, torchattacks, foolbox and RobustBench take as it is. Raises CheckpointError.
+    """
+    return folded(_load(path, device)[1])
 
-        return attack
 
-    return {CLEAN: None, **{name: bound(name) for name in config.attacks}}
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """An attack with its settings: `attack(target, images, labels, generator, trace) -> images`.
+
+    `attack` None changes nothing. `key` is the trial's name in files, `title` its heading, `settings` what a
+    reader must know of it. Not `bounded`: its images may lie farther than `epsilon` away.
+    """
+
+    key: str
+    title: str
+    epsilon: float
+    attack: Callable | None = None
+    settings: str = ""
+    bounded: bool = True
+    needs_prototypes: bool = False
+    limit: int | None = None  # the first so many images, class-balanced; None: all
+
+    def applies_to(self, target):
+        return not self.needs_prototypes or (target.prototypes is not None and bool(target.prototypes.layer))
+
+    def of(self, split):
+        """The part of `split` that this trial is about."""
+        if self.limit is None or self.limit >= len(split):
+            return split
+        keep = torch.from_numpy(data.balanced_indices(split.labels.cpu().numpy(), self.limit, "test"))
+        keep = keep.to(split.labels.device)
+        return data.Split(split.images[keep], split.labels[keep])
 
 
 # ---------------------------------------------------------------- measuring
 
 
+COLUMNS = {  # of an outcome, with a value an image
+    "predicted": torch.int64,
+    "correct": torch.bool,
+    "margin": torch.float32,  # true logit less the largest other: below 0 is misclassified
+    "linf": torch.float32,  # distance from the original
+    "l2": torch.float32,
+    "zero_first": torch.bool,  # the attack's first gradient was exactly zero
+    "zero_ever": torch.bool,  # one of them was
+    "zero_always": torch.bool,  # all of them were: the attack never learned anything of this image
+}
+
+
 @dataclasses.dataclass
 class Outcome:
-    """What one attack did to the first images of a split, image by image, and the checks of its result."""
+    """What one trial did to the first images of a split: the tensors of COLUMNS, (N,), on the CPU.
 
-    correct: Tensor  # bool, one per image so far: still classified right
-    zero_gradient: Tensor  # bool, one per image so far: the first gradient was exactly zero
-    max_delta: float = 0.0  # largest |adversarial - clean|
-    low: float = 1.0  # smallest and largest pixel of the adversarial images
+    They are read as attributes, too.
+    """
+
+    columns: dict[str, Tensor] = dataclasses.field(
+        default_factory=lambda: {name: torch.zeros(0, dtype=dtype) for name, dtype in COLUMNS.items()}
+    )
+    low: float = 1.0  # smallest and largest pixel of the results
     high: float = 0.0
     seconds: float = 0.0
+    gradients: bool = False  # the attack showed its gradients
 
-    @classmethod
-    def empty(cls):
-        return cls(torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool))
+    def __getattr__(self, name):
+        if name in COLUMNS:
+            return self.columns[name]
+        raise AttributeError(name)
+
+    def __len__(self):
+        return len(self.correct)
 
     @property
     def accuracy(self):
-        """Percent of the images so far that are still classified right."""
-        return 100 * self.correct.float().mean().item()
+        """Percent of the images so far that are classified right."""
+        return 100 * self.correct.double().mean().item()
+
+    def fooled(self, epsilon):
+        """Which images, (N,) bool, are misclassified within `epsilon` of the original."""
+        return ~self.correct & (self.linf.double() <= epsilon)
+
+    def extend(self, **values):
+        for name, dtype in COLUMNS.items():
+            self.columns[name] = torch.cat([self.columns[name], values[name].cpu().to(dtype)])
 
 
-def measure(target, split, attack, outcome, *, epsilon, batch_size, seed):
-    """Attack `split` block by block from where `outcome` stands; yield after each block, `outcome` extended.
+@contextlib.contextmanager
+def exact_float32():
+    """Within it nothing computes in less than float32, and CUDA convolutions repeat themselves exactly."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    try:
+        with cudnn, torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    Float32 in eval mode. The attack sees the network with its batch norms folded (the same function up to
-    rounding, faster); what it made is judged by the network itself. Raises ValueError when a result leaves
-    the ball or [0, 1].
+
+def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
+    """Try `trial` on `split` block by block from where `outcome` stands; yield after each, it extended.
+
+    With `keep_in`, a folder, each block's images are kept there. Raises ValueError when a result holds NaN,
+    or leaves [0, 1] or the ball.
     """
-    model_fn = folded(target.model).to(memory_format=torch.channels_last)
-    first = len(outcome.correct) // batch_size
-    for block, images, labels in _blocks(split, batch_size, first):
-        started = time.monotonic()
-        images = data.to_float(images).contiguous(memory_format=torch.channels_last)
-        zeros = attacks.ZeroGradients()
-        attacked = images
-        if attack is not None:
-            attacked = attack(model_fn, images, labels, utils.generator(seed, "evaluation", block), zeros)
-        check_result(attacked, images, epsilon if attack is not None else 0.0)
-        with torch.no_grad():
-            correct = target.model.logits(attacked).argmax(1) == labels
-        zero = zeros.first if zeros.first is not None else torch.zeros_like(correct)
-        outcome.correct = torch.cat([outcome.correct, correct.cpu()])
-        outcome.zero_gradient = torch.cat([outcome.zero_gradient, zero.cpu()])
-        outcome.max_delta = max(outcome.max_delta, (attacked - images).abs().max().item())
-        outcome.low = min(outcome.low, attacked.min().item())
-        outcome.high = max(outcome.high, attacked.max().item())
-        outcome.seconds += time.monotonic() - started
+    split = trial.of(split)
+    for start in range(len(outcome), len(split), batch_size):
+        began = time.monotonic()
+        images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
+        generator = utils.generator(seed, "evaluation", start // batch_size)
+        with exact_float32():
+            images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+            attacked = try_block(target, trial, images, labels, generator, outcome)
+        if keep_in is not None:
+            keep_block(keep_in, start, images, attacked, labels, outcome)
+        outcome.seconds += time.monotonic() - began
         yield outcome
 
 
-def _blocks(split, batch_size, first):
-    """(index, images, labels) of each block of `batch_size` images from block `first` on."""
-    for start in range(first * batch_size, len(split), batch_size):
-        yield (
-            start // batch_size,
-            split.images[start : start + batch_size],
-            split.labels[start : start + batch_size],
-        )
+def try_block(target, trial, images, labels, generator, outcome):
+    """Attack one block, check and judge the result, extend `outcome` by it and return the images."""
+    zeros, attacked = attacks.ZeroGradients(), images
+    if trial.attack is not None:
+        attacked = trial.attack(target, images, labels, generator, zeros)
+    check_result(attacked, images, trial.epsilon if trial.attack is not None else 0.0, trial.bounded)
+    with torch.no_grad():
+        logits = target.logits(attacked)
+        change = (attacked.double() - images.double()).flatten(1)
+    nothing = torch.zeros_like(labels, dtype=torch.bool)
+    outcome.gradients = outcome.gradients or zeros.first is not None
+    outcome.low = min(outcome.low, attacked.min().item())
+    outcome.high = max(outcome.high, attacked.max().item())
+    predicted = logits.argmax(1)
+    # A score that is no number must not pass for a right answer: argmax may point anywhere then.
+    correct = (predicted == labels) & ~logits.isnan().any(1)
+    outcome.extend(
+        predicted=predicted,
+        correct=correct,
+        margin=-attacks.margin(logits, labels),
+        linf=change.abs().amax(1),
+        l2=change.norm(dim=1),
+        zero_first=zeros.first if zeros.first is not None else nothing,
+        zero_ever=zeros.ever if zeros.ever is not None else nothing,
+        zero_always=zeros.always if zeros.always is not None else nothing,
+    )
+    return attacked
 
 
-def check_result(attacked, images, epsilon):
-    """Raise ValueError when adversarial images hold NaN, leave [0, 1], or lie farther than `epsilon` away."""
+def check_result(attacked, images, epsilon, bounded=True):
+    """Raise ValueError when images hold NaN, leave [0, 1], or lie farther than `epsilon` away."""
     if attacked.isnan().any():
         raise ValueError("an attack made NaN; its result cannot be counted")
     if attacked.min() < 0 or attacked.max() > 1:
         raise ValueError(f"an attack left [0, 1]: [{attacked.min():.4g}, {attacked.max():.4g}]")
-    if (attacked.double() - images.double()).abs().max() > epsilon:
-        raise ValueError(
-            f"an attack went {(attacked - images).abs().max():.6g} far, beyond epsilon {epsilon:.6g}"
-        )
+    farthest = (attacked.double() - images.double()).abs().max()
+    if bounded and farthest > epsilon:
+        raise ValueError(f"an attack went {farthest:.9g} far, beyond epsilon {epsilon:.9g}")
+
+
+def keep_block(folder, start, images, attacked, labels, outcome):
+    """Write a block's images, float32 in [0, 1], to FOLDER/NNNNN.pt, N being the first image's index."""
+    path = Path(folder) / f"{start:05d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    block = {"index": start, "labels": labels.cpu(), "predicted": outcome.predicted[start:].clone()}
+    block |= {"images": images.cpu().contiguous(), "adversarial": attacked.cpu().contiguous()}
+    with utils.replacing(path) as temporary:
+        torch.save(block, temporary)
 
 
 class Progress:
@@ -176,15 +343,20 @@ class Progress:
             raise utils.CheckpointError(
                 f"{self.path}: begun with another {', '.join(names)}; give the old ones, or no --resume"
             )
-        self.outcomes = {tuple(key.split("/")): Outcome(**value) for key, value in state["outcomes"].items()}
-        images = sum(len(outcome.correct) for outcome in self.outcomes.values())
+        for sha256, trials in state["outcomes"].items():
+            self.outcomes[sha256] = {key: Outcome(**value) for key, value in trials.items()}
+        images = sum(len(outcome) for trials in self.outcomes.values() for outcome in trials.values())
         utils.say(f"resumed {self.path}: {images:,} outcomes are there already")
 
-    def of(self, target, attack):
-        return self.outcomes.setdefault((target.sha256, attack), Outcome.empty())
+    def of(self, target, trial):
+        """The outcome of a trial on a target, empty where there is none yet."""
+        return self.outcomes.setdefault(target.sha256, {}).setdefault(trial.key, Outcome())
 
     def save(self):
-        outcomes = {"/".join(key): vars(outcome) for key, outcome in self.outcomes.items()}
+        outcomes = {
+            sha256: {key: vars(outcome) for key, outcome in trials.items()}
+            for sha256, trials in self.outcomes.items()
+        }
         utils.save_checkpoint({"fingerprint": self.fingerprint, "outcomes": outcomes}, self.path, False)
         self.saved = time.monotonic()
 
@@ -192,114 +364,51 @@ class Progress:
         self.path.unlink(missing_ok=True)
 
 
-def fingerprint(config, dataset, targets):
+def fingerprint(config, dataset, targets, source=None):
     """What must agree for the outcomes of a stopped evaluation to be taken over."""
     settings = training.config_dict(config)
-    free = ("data_dir", "checkpoints", "results", "resume", "device")
     return {
-        **{name: value for name, value in settings.items() if name not in free},
+        "format": FORMAT,
+        **{name: value for name, value in settings.items() if name not in FREE_ON_RESUME},
         "checkpoints": [target.sha256 for target in targets],
+        "source_checkpoint": source.sha256 if source else None,
         "data": training.describe(dataset),
     }
 
 
-def measure_all(config, targets, split, chosen, progress):
-    """Measure every target under every attack into `progress`, which is saved now and then.
+def measure_all(config, targets, split, trials, progress):
+    """Try every trial on every target into `progress`, which is saved now and then.
 
     Raises Interrupted on SIGINT or SIGTERM, with what is done saved.
     """
-    total = -(-len(split) // config.batch_size)
     with utils.StopSignals() as stop:
         for target in targets:
-            for name, attack in chosen.items():
-                outcome = progress.of(target, name)
-                blocks = measure(
-                    target, split, attack, outcome,
-                    epsilon=config.epsilon, batch_size=config.batch_size, seed=config.seed,
-                )  # fmt: skip
-                start = len(outcome.correct) // config.batch_size
-                for _ in utils.progress(blocks, total, f"{target.label}: {NAMES[name]}", start):
-                    if stop.received or time.monotonic() - progress.saved > SAVE_EVERY:
-                        progress.save()
-                    if stop.received:
-                        raise utils.Interrupted(
-                            stop.received,
-                            f"incomplete: stopped at {target.label}, {NAMES[name]}, {len(outcome.correct):,} "
-                            f"of {len(split):,} images; kept in {progress.path}, --resume goes on",
-                        )
+            for trial in trials:
+                if trial.applies_to(target):
+                    outcome = progress.of(target, trial)
+                    _measure_one(config, target, split, trial, outcome, progress, stop)
 
 
-# ---------------------------------------------------------------- reports
+def _measure_one(config, target, split, trial, outcome, progress, stop):
+    images = len(trial.of(split))
+    keep_in = images_folder(config, target, trial)
+    steps = {"batch_size": config.batch_size, "seed": config.seed, "keep_in": keep_in}
+    blocks = measure(target, split, trial, outcome, **steps)
+    total, start = -(-images // config.batch_size), len(outcome) // config.batch_size
+    for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
+        if stop.received or time.monotonic() - progress.saved > SAVE_EVERY:
+            progress.save()
+        if stop.received:
+            raise utils.Interrupted(
+                stop.received,
+                f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of {images:,} "
+                f"images; kept in {progress.path}, --resume goes on",
+            )
 
 
-def to_markdown(targets, chosen, progress):
-    """The table of the README: a row for each target, a column for each attack, accuracy in percent."""
-    table = [["Training", *(NAMES[name] for name in chosen)]]
-    for target in targets:
-        table.append([target.label, *(f"{progress.of(target, name).accuracy:.2f}" for name in chosen)])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def footnotes(config, dataset, targets, chosen, progress):
-    """The settings under a table, line by line, and what the results say of themselves."""
-    images = f"{len(dataset.test):,} test images of {dataset.name}"
-    ball = f"L-infinity, epsilon {in_255ths(config.epsilon)}"
-    yield f"Accuracy in percent on {images}; {ball}; seed {config.seed}."
-    small_step = in_255ths(config.step_size or config.epsilon / config.num_steps)
-    start = f"random start, restarts {config.restarts}" if config.random_start else "no random start"
-    settings = {
-        "fgsm": "FGSM: one step",
-        "bim": f"BIM: {config.num_steps} steps of {small_step}",
-        "mim": f"MIM: {config.num_steps} steps of {small_step}, decay {config.decay:g}",
-        "pgd": f"PGD: {config.num_steps} steps of {in_255ths(config.step_size or PGD_STEP)}, {start}",
-    }
-    yield "; ".join(settings[name] for name in chosen if name in settings) + "."
-    for target in targets:
-        outcomes = {name: progress.of(target, name) for name in chosen if name != CLEAN}
-        frozen = ", ".join(
-            f"{NAMES[n]} {100 * o.zero_gradient.float().mean():.2f} %" for n, o in outcomes.items()
-        )
-        largest = max((o.max_delta for o in outcomes.values()), default=0.0)
-        lines = [f"{target.label}: {target.path}, depth {target.depth}, sha256 {target.sha256[:12]}"]
-        if outcomes:
-            lines.append(f"largest change {in_255ths(largest)}; first gradient exactly zero: {frozen}")
-        yield "; ".join(lines) + "."
-
-
-def in_255ths(value):
-    """A distance in pixel units as a multiple of 1/255."""
-    return f"{255 * value:.4g}/255"
-
-
-def to_json(config, dataset, targets, chosen, progress):
-    """Everything a reader needs to repeat or check the table, as JSON text."""
-    checkpoints = []
-    for target in targets:
-        entry = {"path": target.path, "sha256": target.sha256, "label": target.label, "depth": target.depth}
-        entry["origin"] = target.origin
-        entry["attacks"] = {name: _summary(progress.of(target, name)) for name in chosen}
-        checkpoints.append(entry)
-    report = {
-        "settings": training.config_dict(config),
-        "data": training.describe(dataset),
-        "checkpoints": checkpoints,
-        "versions": utils.versions(),
-    }
-    return json.dumps(report, indent=2) + "\n"
-
-
-def _summary(outcome):
-    return {
-        "accuracy": outcome.accuracy if len(outcome.correct) else None,
-        "correct": int(outcome.correct.sum()),
-        "images": len(outcome.correct),
-        "zero_gradient": int(outcome.zero_gradient.sum()),
-        "max_delta": outcome.max_delta,
-        "range": [outcome.low, outcome.high],
-        "seconds": round(outcome.seconds, 2),
-    }
+def images_folder(config, target, trial):
+    """Where the images of a trial are kept; None where they are not asked for."""
+    folder = getattr(config, "save_images", None)
+    if folder is None or trial.attack is None or trial.limit is not None or "@" in trial.key:
+        return None
+    return Path(folder) / f"{Path(target.path).name.split('.')[0]}-{target.sha256[:8]}" / trial.key

@@ -1,0 +1,280 @@
+"""What an evaluation found, as a reader wants it: the table, its footnotes, JSON, CSV and pictures."""
+
+import csv
+import io
+import json
+import math
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+import training
+import utils
+from suite import CLEAN, in_255ths
+
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+# Where float32 ends: past the first the cross-entropy's gradient with respect to the true logit is exactly 0,
+# past the second all of it is.
+SATURATES, VANISHES = 17.0, 104.0
+MANY = 25.0  # percent of the images past the first that call for a warning
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def wilson(correct, images, z=1.959964):
+    """The Wilson 95 % interval of an accuracy, in percent (Wilson 1927)."""
+    if images == 0:
+        return 0.0, 100.0
+    share, unit = correct / images, z * z / images
+    middle = (share + unit / 2) / (1 + unit)
+    half = z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
+    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
+
+
+def robust(target, trials, progress):
+    """Which images, (N,) bool, are right as they are and under every trial within its epsilon."""
+    outcomes = [(progress.of(target, trial), trial) for trial in trials if trial.applies_to(target)]
+    held = [~o.fooled(trial.epsilon) if trial.key != CLEAN else o.correct for o, trial in outcomes]
+    return reduce(torch.logical_and, held)
+
+
+def percent(mask):
+    return 100 * mask.double().mean().item() if len(mask) else None
+
+
+def per_class(mask, labels, classes):
+    """Accuracy in percent of each class by its name; None for a class without images."""
+    return {name: percent(mask[labels == index]) for index, name in enumerate(classes)}
+
+
+def margin_quantiles(outcome):
+    """Quantiles of the logit margin, and the shares in percent past 17 and past 104."""
+    margins = outcome.margin.double()
+    values = torch.quantile(margins, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    return {
+        "quantiles": dict(zip(map(str, QUANTILES), values, strict=True)),
+        "above_17": percent(margins > SATURATES),
+        "above_104": percent(margins > VANISHES),
+    }
+
+
+# ---------------------------------------------------------------- the table
+
+
+def row_labels(targets):
+    """What each target's row is called: with the start of its hash where two would be called the same."""
+    names = [target.label for target in targets]
+    return [
+        name if names.count(name) == 1 else f"{name} ({target.sha256[:8]})"
+        for name, target in zip(names, targets, strict=True)
+    ]
+
+
+def to_markdown(targets, trials, progress):
+    """The table of the README: a row for each target, a column for each attack, accuracy in percent.
+
+    The columns count as the paper does, each by itself; Worst is right without attack and under every one.
+    """
+    attacked = len(trials) > 1
+    table = [["Training", *(trial.title for trial in trials), *(["Worst"] if attacked else [])]]
+    for label, target in zip(row_labels(targets), targets, strict=True):
+        cells = [
+            f"{progress.of(target, trial).accuracy:.2f}" if trial.applies_to(target) else "-"
+            for trial in trials
+        ]
+        worst = [f"{percent(robust(target, trials, progress)):.2f}"] if attacked else []
+        table.append([label, *cells, *worst])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def footnotes(config, dataset, targets, trials, progress):
+    """The settings under a table, line by line, and what the results say of themselves."""
+    images = f"{len(dataset.test):,} test images of {dataset.name}"
+    rule = "" if config.predict == "softmax" else "; predicted by the nearest prototype (Eq. 6)"
+    yield (
+        f"Accuracy in percent on {images}; L-infinity, epsilon {in_255ths(config.epsilon)}; "
+        f"seed {config.seed}{rule}."
+    )
+    if settings := "; ".join(trial.settings for trial in trials if trial.settings):
+        yield settings + "."
+    if len(trials) > 1:
+        yield "Worst: right without attack and under every attack of the row, image by image."
+    for label, target in zip(row_labels(targets), targets, strict=True):
+        yield from _about(label, target, trials, progress)
+
+
+def _about(label, target, trials, progress):
+    depth = f", depth {target.depth}" if target.depth else ""
+    yield f"{label}: {target.path}{depth}, sha256 {target.sha256[:12]}."
+    done = [(trial, progress.of(target, trial)) for trial in trials if trial.applies_to(target)]
+    attacked = [(trial, outcome) for trial, outcome in done if trial.key != CLEAN]
+    if attacked:
+        held = robust(target, trials, progress)
+        low, high = wilson(int(held.sum()), len(held))
+        largest = max((o.linf.max().item() for t, o in attacked if t.bounded and len(o)), default=0.0)
+        yield (
+            f"  Worst {percent(held):.2f} (95 % interval {low:.2f} to {high:.2f}); "
+            f"largest change {in_255ths(largest)}"
+        )
+    right = done[0][1].correct
+    seen = [(trial, outcome) for trial, outcome in attacked if outcome.gradients]
+    if seen and right.any():
+        zeros = ", ".join(
+            f"{trial.title} {' / '.join(zero_shares(outcome, right))}" for trial, outcome in seen
+        )
+        yield f"  gradient exactly zero first / ever / always, % of the images right without attack: {zeros}"
+    found = margin_quantiles(done[0][1])
+    shown = ", ".join(f"{value:.3g}" for value in found["quantiles"].values())
+    yield (
+        f"  logit margin of the clean images, quantiles {' '.join(f'{q:g}' for q in QUANTILES)}: {shown}; "
+        f"above {SATURATES:g}: {found['above_17']:.2f} %, above {VANISHES:g}: {found['above_104']:.2f} %"
+    )
+    yield from _warnings(found, seen)
+
+
+def zero_shares(outcome, among):
+    """In how many percent of the images `among` the gradient was zero: first, ever and always, as text."""
+    columns = (outcome.zero_first, outcome.zero_ever, outcome.zero_always)
+    return [f"{percent(column[among]):.2f}" for column in columns]
+
+
+def frozen(outcome):
+    """Images, (N,) bool, that count as robust only because their gradient was zero at every step."""
+    return outcome.zero_always & outcome.correct
+
+
+def _warnings(found, seen):
+    """What a reader of the table must be told before believing it."""
+    masked = [f"{t.title} {percent(frozen(o)):.2f} %" for t, o in seen if frozen(o).any()]
+    if masked:
+        yield (
+            "  WARNING, masked gradients: counted as robust for want of any gradient: "
+            f"{', '.join(masked)}; believe Worst, with pgd-margin, apgd-dlr and square among the --attacks"
+        )
+    elif found["above_17"] > MANY:
+        yield (
+            f"  WARNING, saturated logits: {found['above_17']:.2f} % of margins pass {SATURATES:g}, where "
+            "cross-entropy's gradient fades in float32; compare with pgd-margin or apgd-dlr"
+        )
+
+
+# ---------------------------------------------------------------- files
+
+
+def write(config, dataset, targets, trials, progress, **more):
+    """Write the JSON file at `config.results`, and the table and the images as CSV beside it."""
+    found = (dataset, targets, trials, progress)
+    utils.write_text(beside(config, ".csv"), to_csv(list(table_rows(*found))))
+    utils.write_text(beside(config, ".images.csv"), to_csv(list(image_rows(*found))))
+    utils.write_text(config.results, to_json(config, *found, **more))
+
+
+def beside(config, suffix):
+    """A path beside the results, with their name and another suffix."""
+    path = Path(config.results)
+    return path.with_name(path.name.removesuffix(".json") + suffix)
+
+
+def to_json(config, dataset, targets, trials, progress, **more):
+    """Everything a reader needs to repeat or check the table, as JSON text; `more` adds entries."""
+    report = {
+        "settings": training.config_dict(config),
+        "data": training.describe(dataset),
+        "classes": list(dataset.classes),
+        "checkpoints": [_entry(dataset, t, trials, progress) for t in targets],
+        **more,
+        "versions": utils.versions(),
+    }
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+def _entry(dataset, target, trials, progress):
+    labels, classes = dataset.test.labels.cpu(), dataset.classes
+    entry = {"path": target.path, "sha256": target.sha256, "label": target.label, "depth": target.depth}
+    entry["origin"] = target.origin
+    applied = [trial for trial in trials if trial.applies_to(target)]
+    outcomes = {trial: progress.of(target, trial) for trial in applied}
+    entry["attacks"] = {t.key: _summary(t, o, labels, classes) for t, o in outcomes.items()}
+    held = robust(target, trials, progress)
+    entry["worst"] = {**counts(held), "per_class": per_class(held, labels, classes), "robust": bits(held)}
+    entry["margins"] = margin_quantiles(outcomes[applied[0]])
+    return entry
+
+
+def counts(mask):
+    """Accuracy in percent, its 95 % interval, and the numbers behind it."""
+    correct, images = int(mask.sum()), len(mask)
+    low, high = wilson(correct, images)
+    return {
+        "accuracy": percent(mask),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "correct": correct,
+        "images": images,
+    }
+
+
+def bits(mask):
+    """A bool tensor as a string of 0 and 1, one an image in the order of the split."""
+    return "".join("01"[value] for value in mask.tolist())
+
+
+def _summary(trial, outcome, labels, classes):
+    return {
+        **counts(outcome.correct),
+        "title": trial.title,
+        "settings": trial.settings,
+        "epsilon": trial.epsilon,
+        "per_class": per_class(outcome.correct, labels, classes),
+        "zero_gradient": int(outcome.zero_first.sum()) if outcome.gradients else None,
+        "zero_gradient_ever": int(outcome.zero_ever.sum()) if outcome.gradients else None,
+        "zero_gradient_always": int(outcome.zero_always.sum()) if outcome.gradients else None,
+        "frozen": int(frozen(outcome).sum()),
+        "max_delta": outcome.linf.max().item() if len(outcome) else 0.0,
+        "median_l2": outcome.l2.median().item() if len(outcome) else 0.0,
+        "range": [outcome.low, outcome.high],
+        "seconds": round(outcome.seconds, 2),
+        "robust": bits(outcome.correct),
+    }
+
+
+def to_csv(rows):
+    """Dicts of the same keys as CSV text."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: "" if v is None else v for k, v in row.items()} for row in rows])
+    return out.getvalue()
+
+
+def table_rows(dataset, targets, trials, progress):
+    """A row for each checkpoint and attack, Worst included: accuracy, interval, per-class accuracy."""
+    labels = dataset.test.labels.cpu()
+    for name, target in zip(row_labels(targets), targets, strict=True):
+        masks = {t.key: progress.of(target, t).correct for t in trials if t.applies_to(target)}
+        for key, mask in {**masks, "worst": robust(target, trials, progress)}.items():
+            start = {"training": name, "sha256": target.sha256, "attack": key}
+            yield {**start, **counts(mask), **per_class(mask, labels, dataset.classes)}
+
+
+def image_rows(dataset, targets, trials, progress):
+    """A row for each checkpoint and image: its label, and what each attack made of it."""
+    labels = dataset.test.labels.cpu().tolist()
+    for name, target in zip(row_labels(targets), targets, strict=True):
+        columns = {}
+        for trial in trials:
+            there = trial.applies_to(target)
+            predicted = progress.of(target, trial).predicted.tolist() if there else [None] * len(labels)
+            columns[f"{trial.key} predicts"] = predicted
+        columns["clean margin"] = [f"{m:.6g}" for m in progress.of(target, trials[0]).margin.tolist()]
+        columns["robust"] = robust(target, trials, progress).int().tolist()
+        for index, label in enumerate(labels):
+            values = {column: cells[index] for column, cells in columns.items()}
+            yield {"training": name, "image": index, "label": label, **values}
