@@ -98,6 +98,12 @@ def load(
                 f"classes have labels 0 to {len(classes) - 1}; the data in {root} are of another data set"
             )
         loaded[split] = Split(images.to(device), labels.to(device))
+    sizes = {split: "x".join(map(str, part.images.shape[2:])) for split, part in loaded.items()}
+    if len(set(sizes.values())) > 1:
+        raise DataError(
+            f"images in {root / 'test'} are {sizes['test']} pixels, in {root / 'train'} {sizes['train']}; "
+            "resize those of one of them"
+        )
     return Dataset(dataset, classes, loaded.get("train"), loaded.get("test"))
 
 
@@ -240,7 +246,7 @@ SHAPES = (
     "disc", "ring", "square", "frame", "triangle", "cross", "stripes", "checkerboard", "dots", "crescent",
 )  # fmt: skip
 SYNTHETIC_SIZES = {"train": 10_000, "test": 2_000}
-CHUNK = 1_000  # images drawn from one generator, so that a part of the set is the beginning of the whole
+CHUNK = 250  # images drawn from one generator, so that a part of the set is the beginning of the whole
 UNIT = 64  # a shape's radius in its own coordinates, which turn and grow with it
 DIRECTIONS = 64  # equally spaced angles a shape can be turned to
 RADIUS = 18, 26  # half pixels
