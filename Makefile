@@ -1,11 +1,14 @@
 # make demo       two small trainings and the table, on synthetic images, in a few minutes on two cores
 # make test       ruff and the tests
 # make reproduce  the full recipe on CIFAR-10, from where it stopped
+# make reproduce-slice MINUTES=9  as much of it as fits, with all that the next slice needs copied to carry/
 PYTHON ?= python3
 VENV   ?= .venv
+MINUTES ?= 9
+CARRY  ?= carry
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test reproduce clean
+.PHONY: demo test reproduce reproduce-slice clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -31,11 +34,10 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
 reproduce: $(VENV)/installed
-	$(RUN) softmax_training.py --resume
-	$(RUN) pcl_training.py --resume
-	$(RUN) pcl_training_adversarial_fgsm.py --resume
-	$(RUN) pcl_training_adversarial_pgd.py --resume
-	$(RUN) robustness.py --resume
+	PYTHON=$(RUN) ./reproduce.sh
+
+reproduce-slice: $(VENV)/installed
+	PYTHON=$(RUN) ./reproduce.sh $(MINUTES) $(CARRY)
 
 clean:
 	rm -rf $(VENV) demo
