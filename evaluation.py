@@ -176,6 +176,7 @@ class Trial:
     bounded: bool = True
     needs_prototypes: bool = False
     limit: int | None = None  # the first so many images, class-balanced; None: all
+    curve: bool = False  # a point of a curve, whose images nobody asks for
 
     def applies_to(self, target):
         return not self.needs_prototypes or (target.prototypes is not None and bool(target.prototypes.layer))
@@ -409,6 +410,12 @@ def _measure_one(config, target, split, trial, outcome, progress, stop):
 def images_folder(config, target, trial):
     """Where the images of a trial are kept; None where they are not asked for."""
     folder = getattr(config, "save_images", None)
-    if folder is None or trial.attack is None or trial.limit is not None or "@" in trial.key:
+    if folder is None or trial.attack is None or trial.limit is not None or trial.curve:
         return None
     return Path(folder) / f"{Path(target.path).name.split('.')[0]}-{target.sha256[:8]}" / trial.key
+
+
+def kept_folders(config, targets, trials):
+    """The folders in which a finished evaluation has kept images."""
+    folders = (images_folder(config, target, trial) for target in targets for trial in trials)
+    return [folder for folder in folders if folder is not None and folder.is_dir()]

@@ -168,11 +168,21 @@ def _warnings(found, seen):
 # ---------------------------------------------------------------- files
 
 
-def write(config, dataset, targets, trials, progress, **more):
-    """Write the JSON file at `config.results`, and the table and the images as CSV beside it."""
+def write(config, dataset, targets, trials, points, findings, progress):
+    """Write the JSON file at `config.results`; table, images, curves and model cards lie beside it."""
     found = (dataset, targets, trials, progress)
     utils.write_text(beside(config, ".csv"), to_csv(list(table_rows(*found))))
     utils.write_text(beside(config, ".images.csv"), to_csv(list(image_rows(*found))))
+    more = {}
+    if points and (rows := list(curve_rows(targets, points, progress))):
+        utils.write_text(beside(config, ".curves.csv"), to_csv(rows))
+        more["curves"] = rows
+    if findings:
+        more["sanity"] = {sha256: [f._asdict() for f in checks] for sha256, checks in findings.items()}
+    if config.model_card:
+        for target in targets:
+            card = model_card(config, dataset, target, trials, progress)
+            utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), card)
     utils.write_text(config.results, to_json(config, *found, **more))
 
 
@@ -278,3 +288,41 @@ def image_rows(dataset, targets, trials, progress):
         for index, label in enumerate(labels):
             values = {column: cells[index] for column, cells in columns.items()}
             yield {"training": name, "image": index, "label": label, **values}
+
+
+def curve_rows(targets, points, progress):
+    """A row for each checkpoint and point of a curve."""
+    for name, target in zip(row_labels(targets), targets, strict=True):
+        for attack, axis, value, trial in points:
+            if trial.applies_to(target):
+                start = {"training": name, "sha256": target.sha256, "attack": attack, "axis": axis}
+                settings = {"epsilon": trial.epsilon, "settings": trial.settings}
+                yield {**start, "value": value, **counts(progress.of(target, trial).correct), **settings}
+
+
+def model_card(config, dataset, target, trials, progress):
+    """What RobustBench's model_info files hold, as JSON text: accuracies in percent as text.
+
+    `reported` is what the attacks of the table leave, each by itself the lowest; `autoattack_acc` is null
+    where AutoAttack was not among them.
+    """
+    accuracies = {t.key: progress.of(target, t).accuracy for t in trials if t.applies_to(target)}
+    bounded = [accuracies[t.key] for t in trials if t.key in accuracies and t.bounded]
+    autoattack = accuracies.get("autoattack")
+    card = {
+        "link": "https://arxiv.org/abs/1904.00887",
+        "name": "Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks",
+        "authors": "Aamir Mustafa, Salman Khan, Munawar Hayat, Roland Goecke, Jianbing Shen, Ling Shao",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": dataset.name,
+        "venue": "ICCV 2019",
+        "architecture": f"ResNet-{target.depth}",
+        "eps": in_255ths(config.epsilon),
+        "clean_acc": f"{accuracies[CLEAN]:.2f}",
+        "reported": f"{min(bounded):.2f}",
+        "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
+        "footnote": f"{target.label}, retrained; sha256 {target.sha256}; {len(dataset.test):,} test images.",
+        "unreliable": bool(percent(robust(target, trials, progress)) < min(bounded)),
+    }
+    return json.dumps(card, indent=2) + "\n"

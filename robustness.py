@@ -13,7 +13,9 @@ from pathlib import Path
 
 import data
 import evaluation
+import pictures
 import reports
+import sanity
 import suite
 import utils
 
@@ -48,6 +50,14 @@ class Config:
     cw_steps: int = 1000  # of C&W; paper: 1000
     cw_lr: float = 0.01  # of C&W's Adam; paper: 0.01
     predict: str = "softmax"  # the largest logit, or prototype: the nearest one (Eq. 6)
+    # more than the table
+    sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
+    sanity_images: int = 200  # that the checks look at, class-balanced
+    epsilons: tuple[float, ...] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255 16/255
+    step_counts: tuple[int, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
+    curve_attacks: tuple[str, ...] = ("pgd", "pgd-margin")  # that the curves are drawn for
+    save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
+    model_card: bool = False  # a file for each checkpoint with RobustBench's keys, beside the results
     # run
     batch_size: int = 500
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -63,6 +73,8 @@ def main(config: Config) -> None:
         )
     suite.check(config)
     utils.prepare_output(config.results)
+    if config.save_images is not None:
+        utils.prepare_output(Path(config.save_images) / "image")
     device = utils.select_device(config.device)
     for path in paths:
         utils.check_file(path)
@@ -74,17 +86,41 @@ def main(config: Config) -> None:
     if config.source_checkpoint is not None:
         source = evaluation.load_target(config.source_checkpoint, device, dataset.classes)
     trials = suite.table(config, len(dataset.classes), source)
+    points = suite.curves(config)
+    checks = sanity.trials(config, len(dataset.classes), source) if config.sanity else {}
     identity = evaluation.fingerprint(config, dataset, targets, source)
     progress = evaluation.Progress(config.results, identity)
     if config.resume:
         progress.resume()
-    evaluation.measure_all(config, targets, dataset.test, trials, progress)
-    reports.write(config, dataset, targets, trials, progress)
+    everything = [*trials, *(point.trial for point in points), *checks.values()]
+    evaluation.measure_all(config, targets, dataset.test, everything, progress)
+    report(config, dataset, targets, trials, points, checks, progress)
     progress.remove()
+
+
+def report(config, dataset, targets, trials, points, checks, progress):
+    """Write all files, then print the table, its footnotes and the findings of the checks."""
+    findings = {}
+    if checks:
+        for target in targets:
+            findings[target.sha256] = sanity.check(config, target, dataset.test, checks, progress)
+    reports.write(config, dataset, targets, trials, points, findings, progress)
     utils.say("\n" + reports.to_markdown(targets, trials, progress) + "\n")
     for line in reports.footnotes(config, dataset, targets, trials, progress):
         utils.say(line)
+    for label, target in zip(reports.row_labels(targets), targets, strict=True):
+        for number, finding in enumerate(findings.get(target.sha256, ())):
+            utils.say(f"{'' if number else f'{chr(10)}sanity of {label}:{chr(10)}'}{finding}")
+    if points and not pictures.curves(targets, points, progress, reports.beside(config, ".curves.png")):
+        utils.say("no picture of the curves: pip install matplotlib")
+    for folder in evaluation.kept_folders(config, targets, trials):
+        pictures.sheet(folder)
 
 
 if __name__ == "__main__":
-    utils.run(main, Config, {"attacks": suite.ATTACKS, "predict": ("softmax", "prototype")})
+    choices = {
+        "attacks": suite.ATTACKS,
+        "curve_attacks": tuple(suite.LOSSES),
+        "predict": ("softmax", "prototype"),
+    }
+    utils.run(main, Config, choices)

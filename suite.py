@@ -7,7 +7,9 @@ import contextlib
 import copy
 import importlib
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -59,14 +61,19 @@ RULES = {
         ("apgd_steps", "num_queries", "cw_steps"), (lambda v: v >= 1, "is a whole number from 1 up")
     ),
     "cw_lr": (lambda v: v > 0, "is a number above 0"),
+    "sanity_images": (lambda v: v >= 1, "is a whole number from 1 up"),
+    "epsilons": (lambda v: all(0 <= e <= 1 for e in v), "lie in [0, 1]; 0 2/255 4/255 8/255?"),
+    "step_counts": (lambda v: all(n >= 1 for n in v), "are whole numbers from 1 up"),
 }
 
 
 def check(config):
     """Raise UsageError for options that make no sense, before anything is read."""
     for name, (allowed, words) in RULES.items():
-        if not allowed(getattr(config, name)):
-            raise utils.UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: {name} {words}")
+        value = getattr(config, name)
+        if not allowed(value):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise utils.UsageError(f"--{name.replace('_', '-')} {shown}: {name} {words}")
     if config.restarts > 1 and not config.random_start and not set(config.attacks) & {"apgd-ce", "apgd-dlr"}:
         raise utils.UsageError(f"--restarts {config.restarts}: would repeat one run; add --random-start")
     if "transfer" in config.attacks and config.source_checkpoint is None:
@@ -81,7 +88,7 @@ def table(config, num_classes, source=None):
     `source`: the Target whose adversarial images `transfer` carries over. Raises UsageError for an attack
     that `num_classes` are too few for.
     """
-    few = sorted(NEEDS_THREE_CLASSES & set(config.attacks))
+    few = sorted(NEEDS_THREE_CLASSES & {*config.attacks, *(config.curve_attacks if config.epsilons else ())})
     if few and num_classes < 3:
         raise utils.UsageError(f"--attacks {few[0]}: needs 3 classes or more, the data have {num_classes}")
     named = dict.fromkeys(config.attacks)
@@ -165,15 +172,15 @@ def _apgd(name, config, source):
     return Trial(name, TITLES[name], config.epsilon, attack, settings)
 
 
-def _square(name, config, source, num_queries=None):
-    num_queries = num_queries or config.num_queries
+def square(config, num_queries):
+    """The Square attack, at most `num_queries` an image."""
 
     def attack(target, images, labels, generator, trace):
         options = {"num_queries": num_queries, "generator": generator}
         return attacks.square(target.view, images, labels, config.epsilon, **options)
 
     settings = f"Square: {num_queries:,} queries, scores alone"
-    return Trial(name, TITLES[name], config.epsilon, attack, settings)
+    return Trial("square", TITLES["square"], config.epsilon, attack, settings)
 
 
 def _cw(name, config, source):
@@ -221,12 +228,44 @@ def _autoattack(name, config, source):
 _MAKERS = {
     **dict.fromkeys(("fgsm", "bim", "mim"), _plain),
     **dict.fromkeys(("apgd-ce", "apgd-dlr"), _apgd),
-    "square": _square,
+    "square": lambda name, config, source: square(config, config.num_queries),
     "cw": _cw,
     "noise": _noise,
     "transfer": _transfer,
     "autoattack": _autoattack,
 }
+
+
+# ---------------------------------------------------------------- curves
+
+
+class Point(NamedTuple):
+    """One point of a curve: which attack, against what (`epsilon` or `steps`), where, and the trial."""
+
+    attack: str
+    axis: str
+    value: float
+    trial: Trial
+
+
+def curves(config):
+    """The points of accuracy against epsilon and against the number of steps that `config` asks for.
+
+    Against epsilon the step is 2.5 * epsilon / num_steps (Madry et al. 2018; 2/255 at 8/255 in 10 steps),
+    against the number of steps it is that of the table.
+    """
+    points = []
+    for name in dict.fromkeys(config.curve_attacks):
+        for epsilon in sorted(set(config.epsilons)):
+            step_size = min(2.5 * epsilon / config.num_steps, 1.0) or PGD_STEP
+            trial = gradient_descent(name, config, epsilon=epsilon, step_size=step_size)
+            points.append(Point(name, "epsilon", epsilon, trial))
+        for steps in sorted(set(config.step_counts)):
+            points.append(Point(name, "steps", steps, gradient_descent(name, config, num_steps=steps)))
+    return [
+        p._replace(trial=replace(p.trial, key=f"{p.attack}@{p.axis}={p.value:.9g}", curve=True))
+        for p in points
+    ]
 
 
 # ---------------------------------------------------------------- the reference implementation
