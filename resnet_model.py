@@ -220,7 +220,7 @@ class Folded(nn.Module):
 
 
 def folded(model: ResNet) -> Folded:
-    """A frozen copy of `model` in eval mode, batch norms folded into the convolutions: for attacks and tests.
+    """A frozen copy of `model` for attacks and evaluation: eval mode, batch norms folded into convolutions.
 
     Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in; `model` stays as it
     is. The copy does not follow later changes of `model`.
@@ -238,9 +238,12 @@ def folded(model: ResNet) -> Folded:
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Make `conv`, which has no bias, compute what `norm` in eval mode computes of its output."""
-    # In float64: what a weight loses is the rounding of the result and nothing more.
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = norm.bias.double() - norm.running_mean.double() * scale
-    weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
-    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    # In float64, so that only the result is rounded; on the CPU, because not every device has float64.
+    kernel, scale, shift, mean, var = (
+        tensor.detach().cpu().double()
+        for tensor in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    scale = scale / (var + norm.eps).sqrt()
+    bias = (shift - mean * scale).to(conv.weight)
+    conv.weight = nn.Parameter((kernel * scale.view(-1, 1, 1, 1)).to(conv.weight), requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
