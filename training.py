@@ -1,11 +1,11 @@
 """What the four training scripts share: the joint loss, one epoch, `fit` and `accuracy`."""
 
+import collections
 import contextlib
 import csv
 import dataclasses
 import inspect
 import io
-import math
 import time
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from resnet_model import clean_state_dict, network_of
 EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
 WATCH_EVERY = 50  # batches between looks at the loss where a look waits for the device
 RUNAWAY_WARNING, RUNAWAY_STOP = 1e5, 1e9  # size of a loss term that is suspicious, and one that is lost
+LAST_GOOD = 3  # batches before a lost one whose loss terms are told
 
 # What may differ between a run and its continuation; everything else identifies the run.
 FREE_ON_RESUME = {
@@ -114,15 +115,17 @@ class PrototypeConformityLoss(nn.Module):
     def init_class_means(self, model, split, batch_size=EVAL_BATCH):
         """Move every prototype to the mean of its class's features on `split` (float32, eval mode)."""
         terms = [*self.proximity.items(), *self.contrastive.items()]
+        if not terms:
+            return
         sums = {layer: torch.zeros_like(term.centers) for layer, term in terms}
         with evaluating(model):
             for _, images, labels in data.epoch_batches(split, batch_size):
                 outputs = model(data.to_float(images))
                 for layer, total in sums.items():
                     total.index_add_(0, labels, getattr(outputs, layer).float())
-        counts = torch.bincount(split.labels, minlength=len(next(iter(sums.values()))))[:, None]
-        for layer, term in terms:
-            term.centers.copy_(sums[layer] / counts)
+        counts = torch.bincount(split.labels, minlength=len(terms[0][1].centers))[:, None]
+        for layer, term in terms:  # a class without an image keeps the prototype that was drawn
+            term.centers.copy_(torch.where(counts > 0, sums[layer] / counts, term.centers))
 
 
 # ---------------------------------------------------------------- modes and precision
@@ -185,18 +188,24 @@ def read_network(path):
         network = network_of(weights)
     except ValueError as error:
         raise utils.CheckpointError(f"{path}: {error}; was it made by another network?") from None
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
+    check_finite(weights, path)
+    return state, weights, network
+
+
+def check_finite(tensors, path):
+    """Raise CheckpointError when one of the named tensors holds NaN or Inf."""
+    for name, value in tensors.items():
+        if not value.isfinite().all():
             raise utils.CheckpointError(
                 f"{path}: {name} holds NaN or Inf; the run diverged, use an older file"
             )
-    return state, weights, network
 
 
 def check_classes(state, path, classes):
     """Raise CheckpointError when a checkpoint says it was trained on other classes than `classes`."""
     there = state.get("classes")
-    if there and list(there) != list(classes):
+    if isinstance(there, list | tuple) and list(there) != list(classes):
+        there = [str(name) for name in there]
         raise utils.CheckpointError(
             f"{path}: trained on other classes ({', '.join(there[:3])}, ...) than this data set has "
             f"({', '.join(classes[:3])}, ...); give the --dataset it was trained on"
@@ -209,15 +218,15 @@ def start_from(model, config, dataset):
     Raises CheckpointError when depth, class count or class names differ. An auxiliary branch that stage 1 did
     not have keeps its fresh weights.
     """
-    if config.resume and Path(config.save_to).exists():
+    if config.resume and utils.any_checkpoint(config.save_to):
         return
     path = config.init_from
     state, weights, network = read_network(path)
     for name, value in network.items():
         if value != getattr(model, name) and not (name == "aux_dim" and value == 0):
             raise utils.CheckpointError(
-                f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it was "
-                "trained with or another --init-from"
+                f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it "
+                "was trained with or another --init-from"
             )
     check_classes(state, path, dataset.classes)
     model.load_state_dict({**model.state_dict(), **weights})
@@ -232,20 +241,22 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
     """Train to `config.epochs`; log a row and save a checkpoint each epoch; resume where `config` says so.
 
     `adversary(images, labels, generator) -> images`, if given, doubles each batch with adversarial images
-    made in eval mode. Raises Interrupted after a saved stop by a signal, DivergenceError, and the faults of
-    `utils`.
+    made in eval mode. Raises Interrupted after a saved stop (by a signal, or by --max-minutes),
+    DivergenceError, and the faults of `utils`.
     """
     run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
     if not run.open():
         return
     with utils.StopSignals() as stop:
         while run.epoch < config.epochs:
-            started = time.monotonic()
-            first = run.batch
             run.train_epoch(stop)
-            run.close_epoch(time.monotonic() - started, first)
+            run.close_epoch()
             run.leave_if_asked(stop)
     utils.say(f"finished: {config.save_to}, sha256 {utils.sha256(config.save_to)}")
+    if stop.received:
+        raise utils.Interrupted(
+            stop.received, f"told to stop in its last epoch; {config.save_to} is finished"
+        )
 
 
 class Run:
@@ -257,10 +268,15 @@ class Run:
         self.model = model.to(memory_format=torch.channels_last)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
         self.dtype = select_precision(config.precision, self.device)
+        self.precision = str(self.dtype).removeprefix("torch.")
         self.epoch, self.batch, self.history = 0, 0, []
         self.sums, self.images = {}, 0  # of this epoch: loss terms added up over the images seen
+        self.recent = collections.deque(maxlen=WATCH_EVERY + LAST_GOOD)  # (where, loss terms) of each batch
         self.warned = False
         self.opened = self.saved = time.monotonic()
+        self.begun = (self.opened, 0)  # when this epoch, or what was left of it, began, and at which batch
+        self.kept = False  # whether the checkpoint at save_to is of this run
+        self.log = []  # the lines of the log, which a checkpoint holds and a resumed run restores
         beside = config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log"
         self.log_path = Path(config.log_to or beside)
 
@@ -269,34 +285,40 @@ class Run:
     def open(self):
         """Prove that outputs can be written, resume if asked; return False when nothing is left to do."""
         config, path = self.config, Path(self.config.save_to)
-        utils.prepare_output(path)
-        utils.prepare_output(self.log_path)
-        there = path.exists() or utils.previous_of(path).exists()
-        if there and config.resume:
-            self.restore(utils.load_newest(path, warn=self.say))
-        elif there and not config.overwrite:
+        self.data = describe(self.dataset)
+        for output in (path, self.log_path, self.log_path.with_suffix(".csv")):
+            utils.prepare_output(output)
+        if config.resume and utils.any_checkpoint(path):
+            warnings = []
+            self.restore(utils.load_newest(path, warn=warnings.append))
+            for line in (*warnings, f"resumed {path} at epoch {self.epoch + 1}, batch {self.batch}"):
+                self.say(line)
+        elif utils.any_checkpoint(path) and not config.overwrite:
             raise utils.FileSystemError(
                 f"{path}: exists; --resume goes on with it, --overwrite starts anew, --save-to names another"
             )
         else:
-            if there:  # the older of two runs must not come back as the previous checkpoint of the newer
-                utils.previous_of(path).unlink(missing_ok=True)
-            self.log_path.unlink(missing_ok=True)
-            self.say(self.headline())
-            self.say(header_row(self.columns()))
+            self.start_log()
         if self.epoch >= config.epochs:
             self.say(f"{path} is finished already ({self.epoch} epochs); a larger --epochs goes on")
             return False
         return True
 
-    def headline(self):
-        precision = str(self.dtype).removeprefix("torch.")
+    def start_log(self):
+        """Begin a new log with its headline; FileSystemError when that would lose a file that is no log."""
+        name = script_name(self.config)
+        if self.log_path.exists() and not self.log_path.read_bytes().startswith(f"{name}: ".encode()):
+            raise utils.FileSystemError(
+                f"{self.log_path}: exists and is no log of {name}.py; name another --log-to"
+            )
+        self.log_path.unlink(missing_ok=True)
         parameters = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"{script_name(self.config)}: depth {self.model.depth}, {parameters:,} parameters, {precision} "
-            f"on {self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} test "
+        self.say(
+            f"{name}: depth {self.model.depth}, {parameters:,} parameters, {self.precision} on "
+            f"{self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} test "
             f"images of {self.dataset.name}; seed {self.config.seed}"
         )
+        self.say(header_row(self.columns()))
 
     def restore(self, state):
         """Take over everything `state` holds; CheckpointError when it is not of this run."""
@@ -306,36 +328,49 @@ class Run:
                 f"{path}: has no optimiser or prototypes to resume with; evaluate it, or start from it with "
                 "--init-from and another --save-to"
             )
-        self.check_identity(state, path)
-        self.model.load_state_dict(state["state_dict"])
-        self.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.images = state["images"]
-        self.say(f"resumed {path} at epoch {self.epoch + 1}, batch {self.batch}")
+        try:
+            differing = self.check_identity(state, path)
+            check_finite({**state["state_dict"], **state["criterion"]}, path)
+            self.model.load_state_dict(state["state_dict"])
+            self.criterion.load_state_dict(state["criterion"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+            self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+            self.images, self.log = state["images"], list(state["log"])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise utils.CheckpointError(
+                f"{path}: does not fit this run ({type(error).__name__}: {reason}); use another copy, or "
+                "--overwrite starts anew"
+            ) from None
+        self.kept = True
+        if self.log:  # what a killed run logged after its last save is done again; format 1 held no log
+            utils.write_text(self.log_path, "".join(f"{line}\n" for line in self.log))
+        self.write_metrics()
+        for line in differing:
+            self.say(f"resumed with another {line}")
 
     def check_identity(self, state, path):
-        """Print what differs between the saved run's settings and these; refuse what identifies the run."""
+        """Refuse what identifies another run; return what else differs between its settings and these."""
         if state["script"] != script_name(self.config):
             raise utils.CheckpointError(f"{path}: made by {state['script']}.py; name another --save-to")
-        if state["data"] != describe(self.dataset):
+        check_classes(state, path, self.dataset.classes)
+        if not same_data(state["data"], self.data):
             raise utils.CheckpointError(
-                f"{path}: trained on {state['data']}, not {describe(self.dataset)}; give the same data"
+                f"{path}: trained on {state['data']}, not {self.data}; give the same data"
             )
-        now, before = config_dict(self.config), state["config"]
-        differing = [name for name in now if name in before and now[name] != before[name]]
-        fixed = [name for name in differing if name not in FREE_ON_RESUME]
-        lines = [f"{name} {before[name]} -> {now[name]}" for name in fixed or differing]
+        now = {**config_dict(self.config), "precision": self.precision}
+        before = {**state["config"], "precision": state["precision"] or self.precision}
+        names = [name for name in now if name in before and now[name] != before[name]]
+        differing = {name: f"{name} {before[name]} -> {now[name]}" for name in names}
+        fixed = [line for name, line in differing.items() if name not in FREE_ON_RESUME]
         if fixed:
             raise utils.CheckpointError(
-                f"{path}: begun with other settings ({', '.join(lines)}); resume with the old ones, or name "
+                f"{path}: begun with other settings ({', '.join(fixed)}); resume with the old ones, or name "
                 "another --save-to"
             )
-        for line in lines:
-            if line.split()[0] not in ("resume", "overwrite"):
-                self.say(f"resumed with another {line}")
+        return [line for name, line in differing.items() if name not in ("resume", "overwrite")]
 
     # ------------------------------------------------ training
 
@@ -343,6 +378,7 @@ class Run:
         """Train from the current batch to the end of the epoch."""
         config, split = self.config, self.dataset.train
         total = data.num_batches(len(split), config.batch_size)
+        self.begun = (time.monotonic(), self.batch)
         order = utils.generator(config.seed, "order", self.epoch)
         batches = data.epoch_batches(split, config.batch_size, order, start_batch=self.batch)
         self.model.train()
@@ -373,8 +409,7 @@ class Run:
             outputs = self.model(images)
         loss, parts = self.criterion(outputs, labels)
         terms = {"loss": loss.detach(), **parts}
-        if self.device.type == "cpu" or self.batch % WATCH_EVERY == 0:
-            self.watch(terms)
+        self.watch(terms)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -384,30 +419,43 @@ class Run:
             weighted = value.double() * (1 if name == "correct" else len(labels))
             self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
 
+    # ------------------------------------------------ divergence
+
     def watch(self, terms):
         """Raise DivergenceError before a step that would follow a lost loss; warn of a term that runs away.
 
         Reading a loss waits for a GPU, so there it happens every WATCH_EVERY batches; a NaN in between stays
-        in the sums, which are looked at before each save.
+        in the sums and the weights, which are looked at before each save.
         """
-        terms = {name: value.item() for name, value in terms.items()}
-        largest = max(abs(value) for value in terms.values())
-        text = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        where = f"epoch {self.epoch + 1}, batch {self.batch + 1}"
-        if not math.isfinite(sum(terms.values())) or largest > RUNAWAY_STOP:
-            before = ", ".join(f"{name} {value:.4g}" for name, value in self.means().items())
-            raise DivergenceError(
-                f"diverged at {where}: {text}; this epoch's means before it: {before or 'none'}; lower --lr "
-                f"or the loss weights; {self.config.save_to} was left as it was"
-            )
-        if largest > RUNAWAY_WARNING and not self.warned:
-            self.warned = True
-            self.say(f"warning: a loss term is running away at {where}: {text}")
+        self.recent.append((f"epoch {self.epoch + 1}, batch {self.batch + 1}", terms))
+        if self.device.type == "cpu" or self.batch % WATCH_EVERY == 0:
+            largest = torch.stack([value.double().abs() for value in terms.values()]).max().item()
+            if not largest <= RUNAWAY_STOP:  # so written, NaN is larger than anything
+                raise self.divergence()
+            if largest > RUNAWAY_WARNING and not self.warned:
+                self.warned = True
+                self.say(f"warning: a loss term is running away: {terms_text(*self.recent[-1])}")
 
-    def check_sums(self):
-        """Raise DivergenceError when a loss of this epoch was lost on a batch that nobody looked at."""
-        if not all(math.isfinite(mean) for mean in self.means().values()):
-            self.watch(self.sums)
+    def check_numbers(self):
+        """Raise DivergenceError when a loss of this epoch or a weight is lost: nothing lost is ever saved."""
+        tensors = [
+            *self.sums.values(),
+            *self.model.state_dict().values(),
+            *self.criterion.state_dict().values(),
+        ]
+        if not torch.stack([value.isfinite().all() for value in tensors]).all():
+            raise self.divergence()
+
+    def divergence(self):
+        """The error that tells the first lost batch of the recent ones, and the last good ones before it."""
+        lost = next((i for i, (_, terms) in enumerate(self.recent) if is_lost(terms)), len(self.recent))
+        recent = [terms_text(*entry) for entry in self.recent]
+        what = (*recent[lost : lost + 1], "a weight or a loss is NaN or Inf")[0]
+        before = " | ".join(recent[max(0, lost - LAST_GOOD) : lost]) or "none since the start"
+        return DivergenceError(
+            f"diverged: {what}; the last good batches: {before}; lower --lr or the loss weights; "
+            f"{self.config.save_to} is as it was last saved"
+        )
 
     def means(self):
         """The epoch's means so far as floats."""
@@ -418,55 +466,60 @@ class Run:
     def columns(self):
         return ["epoch", "loss", *self.criterion.terms, "train_accuracy", "test_accuracy", "lr"]
 
-    def close_epoch(self, seconds, first_batch):
+    def close_epoch(self):
         """Log the epoch's row, step the schedule, save."""
         config, means = self.config, self.means()
-        self.check_sums()
-        images = (
-            data.num_batches(len(self.dataset.train), config.batch_size) - first_batch
-        ) * config.batch_size
+        batches = data.num_batches(len(self.dataset.train), config.batch_size) - self.begun[1]
+        seconds = max(time.monotonic() - self.begun[0], 1e-9)
         row = {name: means[name] for name in self.columns() if name in means}
         row["train_accuracy"] = 100 * means["correct"]
         row |= {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "test_accuracy": None}
         if (self.epoch + 1) % config.eval_every == 0 or self.epoch + 1 == config.epochs:
             row["test_accuracy"] = accuracy(self.model, self.dataset.test)
         self.scheduler.step()
+        self.check_numbers()
         self.history.append({name: row[name] for name in self.columns()})
         self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
-        self.save(finished=self.epoch == config.epochs)
         left = seconds * (config.epochs - self.epoch)
-        speed = images / seconds if seconds else 0.0
-        self.say(f"{format_row(self.history[-1])}  {speed:7.0f} images/s  {clock(left)} left")
+        speed = f"{batches * config.batch_size / seconds:7.0f} images/s  {clock(left)} left"
+        self.log.append(f"{format_row(self.history[-1])}  {speed}")
+        self.save()  # the line with it: killed before the line is written, a resumed run writes it
+        utils.say(self.log[-1], self.log_path)
 
     def leave_if_asked(self, stop):
         """Save when it is time to, or when a signal or --max-minutes asks for a stop; then leave."""
         config, now = self.config, time.monotonic()
         out_of_time = config.max_minutes is not None and now - self.opened > 60 * config.max_minutes
         due = config.save_every_minutes is not None and now - self.saved > 60 * config.save_every_minutes
-        over = self.epoch >= config.epochs
-        if (stop.received or out_of_time or due) and self.batch:
+        stopping = (stop.received or out_of_time) and self.epoch < config.epochs
+        where = f"epoch {self.epoch + 1}, batch {self.batch}"
+        message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
+        if stopping:
+            self.log.append(message)
+        if stopping or due:
             self.save()
-        if (stop.received or out_of_time) and not over:
-            where = f"epoch {self.epoch + 1}, batch {self.batch}"
-            message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
-            self.say(message)
-            if stop.received:
-                raise utils.Interrupted(stop.received, message)
-            raise SystemExit(0)
+        if stopping:
+            utils.note(message, self.log_path)
+            if not stop.received:
+                utils.say(message)
+            raise utils.Interrupted(stop.received, message)
 
-    def save(self, finished=False):
-        """Write the checkpoint and the metrics that lie beside the log."""
-        self.check_sums()
+    def save(self):
+        """Write the checkpoint, and the metrics that lie beside the log."""
+        self.check_numbers()
+        finished = self.epoch >= self.config.epochs
         state = {
             "script": script_name(self.config),
             "network": {name: getattr(self.model, name) for name in ("depth", "num_classes", "aux_dim")},
             "classes": list(self.dataset.classes),
-            "data": describe(self.dataset),
+            "data": self.data,
             "config": config_dict(self.config),
+            "precision": self.precision,
             "epoch": self.epoch,
             "batch": self.batch,
             "finished": finished,
             "history": self.history,
+            "log": self.log,
             "sums": self.sums,
             "images": self.images,
             "state_dict": self.model.state_dict(),
@@ -474,11 +527,15 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        utils.save_checkpoint(state, self.config.save_to, keep_previous=not finished)
+        utils.save_checkpoint(state, self.config.save_to, keep_previous=self.kept and not finished)
+        self.kept, self.saved = True, time.monotonic()
+        self.write_metrics()
+
+    def write_metrics(self):
         utils.write_text(self.log_path.with_suffix(".csv"), to_csv(self.columns(), self.history))
-        self.saved = time.monotonic()
 
     def say(self, line):
+        self.log.append(line)
         utils.say(line, self.log_path)
 
 
@@ -496,16 +553,31 @@ def config_dict(config):
 
 
 def describe(dataset):
-    """What tells one data set from another: name, sizes, and sums over the labels and pixels."""
-    splits = {"train": dataset.train, "test": dataset.test}
-    return {
-        "name": dataset.name,
-        **{
-            name: [len(s), int(s.images.sum(dtype=torch.int64))]
-            for name, s in splits.items()
-            if s is not None
-        },
+    """What tells one data set from another: name and, of each split, size and sums of pixels and labels."""
+    return {"name": dataset.name} | {
+        name: [len(split), int(split.images.sum(dtype=torch.int64)), _label_sum(split.labels)]
+        for name, split in (("train", dataset.train), ("test", dataset.test))
+        if split is not None
     }
+
+
+def _label_sum(labels):
+    """A number that changes with the labels and with their order."""
+    return int((labels * torch.arange(1, len(labels) + 1, device=labels.device)).sum())
+
+
+def same_data(before, now):
+    """Whether two descriptions agree, as far as both go: format 1 knew no sum of labels."""
+    pairs = ((before.get(name), value) for name, value in now.items())
+    return all(a == b[: len(a)] if isinstance(a, list) and a else a == b for a, b in pairs)
+
+
+def is_lost(terms):
+    return any(not abs(value.item()) <= RUNAWAY_STOP for value in terms.values())
+
+
+def terms_text(where, terms):
+    return f"{where}: " + ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
 
 
 WIDTHS = {"epoch": 5, "cross_entropy": 13, "contrastive": 11, "train_accuracy": 14, "test_accuracy": 13}

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import os
 import pickle
 import platform
@@ -28,8 +27,15 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-FORMAT = 1  # version of the checkpoint's layout
+FORMAT = 2  # version of the checkpoint's layout
+MIGRATIONS = {  # from a format to the next; format 2 holds the log's lines and the precision that was used
+    1: lambda state: {**state, "format": 2, "log": [], "precision": None},
+}
 TORCH_FLOOR = (2, 10)
+FILE_SYSTEM_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 
 
 # ---------------------------------------------------------------- faults: one line and an exit status
@@ -56,11 +62,11 @@ class FileSystemError(Fault):
 
 
 class Interrupted(Fault):
-    """A signal stopped the run after its state was saved."""
+    """A signal, or (`signum` None) the end of its time, stopped the run after its state was saved."""
 
     def __init__(self, signum, message):
         super().__init__(message)
-        self.exit_status = 128 + signum
+        self.exit_status = 128 + signum if signum else 0
 
 
 def run(main, config_class, choices=None):
@@ -68,7 +74,19 @@ def run(main, config_class, choices=None):
 
     Errors become one line on stderr; `--debug` shows the traceback as well. `choices` as in `parse_config`.
     """
-    leave_with_status(lambda argv: main(parse_config(config_class, argv, choices)))
+
+    def command(argv):
+        config = parse_config(config_class, argv, choices)
+        try:
+            main(config)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            size = getattr(config, "batch_size", 1)
+            smaller = f"try --batch-size {size // 2}" if size > 1 else "no smaller one is possible"
+            raise UsageError(f"out of memory on the device with --batch-size {size}; {smaller}") from error
+
+    leave_with_status(command)
 
 
 def leave_with_status(command):
@@ -89,7 +107,7 @@ def leave_with_status(command):
         status, message = describe_error(error)
         if debug:
             traceback.print_exc()
-    if message:
+    if status and message:
         with contextlib.suppress(OSError):
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     flush_stdout()
@@ -110,11 +128,16 @@ def describe_error(error):
     status = getattr(error, "exit_status", None)
     if status is not None:
         return status, text
-    if isinstance(error, torch.OutOfMemoryError):
-        return 2, "out of memory on the device: try half the --batch-size"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM_ERRORS:
         return 6, f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
     return 1, f"internal error, {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def _is_out_of_memory(error):
+    """Whether memory ran out: a GPU's has a class of its own, a CPU's is told by its words alone."""
+    return not isinstance(error, RuntimeError) or any(
+        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
 
 
 def check_versions():
@@ -143,8 +166,16 @@ def say(line="", log_path=None):
     """Print a line at once; append it to `log_path` too. A closed stdout (`| head`) stops nothing."""
     tqdm_safe_print(line)
     if log_path is not None:
+        note(line, log_path)
+
+
+def note(line, log_path):
+    """Append a line to a log; FileSystemError when the file system refuses."""
+    try:
         with open(log_path, "a", encoding="utf-8", errors="replace") as log:
             log.write(line + "\n")
+    except OSError as error:
+        raise FileSystemError(f"{log_path}: not written ({error.strerror}); free some space") from None
 
 
 def tqdm_safe_print(line):
@@ -210,6 +241,10 @@ RULES = {
     "depth": (lambda v: v >= 8 and v % 6 == 2, "is 6n + 2: 8, 14, 20, ... 110"),
     **dict.fromkeys(
         ("save_every_minutes", "max_minutes"), (lambda v: v > 0, "is a number of minutes above 0")
+    ),
+    "layers": (
+        lambda v: len(v) == len(set(v)) > 0,
+        "are one or more of the network's features, each named once",
     ),
     "milestones": (
         lambda v: all(a < b for a, b in zip((0, *v), v, strict=False)),
@@ -320,16 +355,29 @@ def validate(config, choices=None):
         if not _is_a(value, hint):
             kind = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
             raise UsageError(f"{where}: {field.name} is of type {kind}, not {type(value).__name__}")
-        numbers = value if isinstance(value, tuple) else (value,)
-        finite = all(math.isfinite(v) for v in numbers if isinstance(v, float))
-        test, allowed = RULES.get(field.name, (lambda v: True, "is a finite number"))
-        if not finite or (value is not None and not test(value)):
+        parts = value if isinstance(value, tuple) else (value,)
+        test, allowed = RULES.get(field.name, (lambda v: True, "is a finite number below 2^63 in size"))
+        if any(_is_number(v) and not abs(v) < 2**63 for v in parts) or not (value is None or test(value)):
             raise UsageError(f"{where}: {field.name} {allowed}")
-        for name in numbers:
+        if any(isinstance(v, str) and (not v or "\0" in v) for v in parts):
+            raise UsageError(f"{where}: {field.name} is a text, not empty and without a zero byte")
+        for name in parts:
             if field.name in choices and name is not None and name not in choices[field.name]:
                 raise UsageError(unknown_name(where.split()[0], name, choices[field.name]))
+    _validate_together(config)
+
+
+def _validate_together(config):
+    """Raise UsageError for values that are fine each and make no sense together."""
     if getattr(config, "epsilon_min", 0) > getattr(config, "epsilon_max", 1):
         raise UsageError(f"--epsilon-min {config.epsilon_min} is above --epsilon-max {config.epsilon_max}")
+    log_to = getattr(config, "log_to", None)
+    if log_to and (log_to.endswith(".csv") or Path(log_to) == Path(config.save_to)):
+        raise UsageError(f"--log-to {log_to}: the checkpoint and the metrics (.csv) have names of their own")
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_a(value, hint):
@@ -338,7 +386,7 @@ def _is_a(value, hint):
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is_a(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+        return _is_number(value)
     return isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
 
 
@@ -483,6 +531,11 @@ def previous_of(path):
     return Path(f"{path}.previous")
 
 
+def any_checkpoint(path):
+    """Whether there is a run to go on with at `path`: its checkpoint, or the one kept before it."""
+    return Path(path).exists() or previous_of(path).exists()
+
+
 def save_checkpoint(state, path, keep_previous=True):
     """Write `state` (tensors, plain Python) to `path` atomically, proven readable before it takes the name.
 
@@ -540,10 +593,22 @@ def load_checkpoint(path):
         raise CheckpointError(
             f"{path}: holds a {kind}, not a checkpoint; save the model's state_dict instead"
         )
-    if isinstance(state.get("format"), int) and state["format"] > FORMAT:
+    return _migrated(state, path)
+
+
+def _migrated(state, path):
+    """Bring a checkpoint of an older format up to FORMAT; files of other origin have none and stay so."""
+    version = state.get("format", FORMAT)
+    if not isinstance(version, int) or version < 1:
         raise CheckpointError(
-            f"{path}: format {state['format']} is newer than this code reads ({FORMAT}); update the project"
+            f"{path}: says it is of format {version!s:.20}, which never was; use another copy"
         )
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{path}: format {version} is newer than this code reads ({FORMAT}); update the project"
+        )
+    for older in range(version, FORMAT):
+        state = MIGRATIONS[older](state)
     return state
 
 
