@@ -28,10 +28,11 @@ from robustness import DEFAULT_CHECKPOINTS
 SUFFIXES = (".png", ".pdf", ".svg")
 LAYERS = ("layer2", "layer3", "fc")
 ATTACKS = ("noise", "fgsm", "bim", "mim", "pgd", "apgd", "apgd_dlr")
-# Petroff, "Accessible color sequences for data visualization" (2021): ten colours told apart by all.
+# Petroff, "Accessible color sequences for data visualization" (2021), made for the colour-blind too; of its
+# two greys, the pair most alike, the darker is near black here.
 COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
-    "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+    "#a96b59", "#e76300", "#b9ac70", "#222222", "#92dadd",
 )  # fmt: skip
 PGD_STEP = 2 / 255  # the released step; BIM and MIM take epsilon / num_steps
 HEADINGS = {  # of the numbers in the table
@@ -164,9 +165,8 @@ def principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
     if features.shape[1] == 2:
         return torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
     origin = features.mean(0)
-    centred = features - origin
-    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors  # in columns, by rising variance
-    axes = directions[:, -2:].flip(1).T
+    rows = torch.cat([features - origin, torch.zeros(2, features.shape[1], dtype=torch.float64)])
+    axes = torch.linalg.svd(rows, full_matrices=False).Vh[:2]  # two even of a single image: hence the zeros
     return origin, axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
 
 
@@ -312,14 +312,14 @@ def palette(count: int) -> list:
     return [matplotlib.colormaps["hsv"](index / count) for index in range(count)]
 
 
-def view(column: Column) -> tuple[Tensor, float]:
-    """Centre (2,) and half the side of the square that shows a column: 99 % of either row, all prototypes."""
+def view(column: Column) -> tuple[list[float], float]:
+    """Centre (x, y) and half the side of a square around 99 % of either row and all prototypes."""
     clouds = [
         cloud.quantile(torch.tensor([0.005, 0.995], dtype=cloud.dtype), 0) for cloud in column.points.values()
     ]
     corners = torch.cat([*clouds, *([] if column.prototypes is None else [column.prototypes])])
     low, high = corners.amin(0), corners.amax(0)
-    return (low + high) / 2, 0.54 * (high - low).max().item() or 1.0
+    return ((low + high) / 2).tolist(), 0.54 * (high - low).max().item() or 1.0
 
 
 def draw(config: Config, dataset: data.Dataset, columns: list[Column], figure_class: type) -> object:
@@ -354,11 +354,11 @@ def draw_panel(panel, column: Column, name: str, labels: Tensor, colours: list) 
     panel.spines[:].set(color="#bbbbbb")
     numbers = column.numbers[name]
     panel.set_title(f"{column.target.label}: accuracy {numbers['accuracy']:.1f} %", fontsize=14)
-    notes = {"within / between": ("ratio", ".2f", ""), "overlap": ("overlap", ".0f", " %")}
+    notes = {"within/between": ("ratio", ".2f", ""), "overlap": ("overlap", ".0f", " %")}
     notes["variance shown"] = ("shown", ".0f", " %")
     known = {text: note for text, note in notes.items() if numbers[note[0]] is not None}
     parts = [f"{text} {numbers[key]:{digits}}{unit}" for text, (key, digits, unit) in known.items()]
-    panel.set_xlabel("   ".join(parts), fontsize=11, color="#444444")
+    panel.set_xlabel("   ".join(parts), fontsize=10.5, color="#444444")
 
 
 def legend(figure, classes: tuple[str, ...], colours: list, prototypes: bool) -> None:
