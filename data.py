@@ -92,19 +92,26 @@ def load(
     loaded = {}
     for split in splits:
         classes, images, labels = _READERS[dataset](root, split, limit, seed)
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise DataError(
-                f"{dataset} {split}: labels run from {labels.min()} to {labels.max()}, but {len(classes)} "
-                f"classes have labels 0 to {len(classes) - 1}; the data in {root} are of another data set"
-            )
         loaded[split] = Split(images.to(device), labels.to(device))
-    sizes = {split: "x".join(map(str, part.images.shape[2:])) for split, part in loaded.items()}
+    _check(root, classes, loaded)
+    return Dataset(dataset, classes, loaded.get("train"), loaded.get("test"))
+
+
+def _check(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
+    """Raise DataError where labels name no class, or the images of the splits differ in size."""
+    for name, split in splits.items():
+        low, high = split.labels.min().item(), split.labels.max().item()
+        if low < 0 or high >= len(classes):
+            raise DataError(
+                f"{root}: {name} labels run from {low} to {high}, {len(classes)} classes have labels 0 to "
+                f"{len(classes) - 1}; that is another data set, --data-dir names another folder"
+            )
+    sizes = {name: "x".join(map(str, split.images.shape[2:])) for name, split in splits.items()}
     if len(set(sizes.values())) > 1:
         raise DataError(
             f"images in {root / 'test'} are {sizes['test']} pixels, in {root / 'train'} {sizes['train']}; "
             "resize those of one of them"
         )
-    return Dataset(dataset, classes, loaded.get("train"), loaded.get("test"))
 
 
 def balanced_indices(labels: np.ndarray, limit: int | None, split: str) -> np.ndarray:
