@@ -29,21 +29,27 @@ def curves(targets, points, progress, path):
     figure = Figure(figsize=(5.5 * len(axes), 4), layout="constrained")
     rows = list(reports.curve_rows(targets, points, progress))
     for axis, panel in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
-        lines = dict.fromkeys((row["training"], row["attack"]) for row in rows if row["axis"] == axis)
-        for training, attack in lines:
-            line = [r for r in rows if (r["training"], r["attack"], r["axis"]) == (training, attack, axis)]
-            x = [255 * row["value"] if axis == "epsilon" else row["value"] for row in line]
-            panel.plot(x, [row["accuracy"] for row in line], marker="o", label=f"{training}, {attack}")
-            panel.fill_between(x, [r["low"] for r in line], [r["high"] for r in line], alpha=0.15)
-        panel.set_xlabel("epsilon, 255ths" if axis == "epsilon" else "steps")
-        panel.set_ylabel("accuracy, %")
-        panel.set_ylim(0, 100)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        _draw(panel, axis, [row for row in rows if row["axis"] == axis])
     FigureCanvasAgg(figure)
     with utils.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     return True
+
+
+def _draw(panel, axis, rows):
+    """One panel: a line with its 95 % band for each checkpoint and attack."""
+    scale, name = (255, "epsilon, 255ths") if axis == "epsilon" else (1, "steps")
+    for training, attack in dict.fromkeys((row["training"], row["attack"]) for row in rows):
+        line = [row for row in rows if (row["training"], row["attack"]) == (training, attack)]
+        x = [scale * row["value"] for row in line]
+        panel.plot(x, [row["accuracy"] for row in line], marker="o", label=f"{training}, {attack}")
+        panel.fill_between(x, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15)
+    panel.set_xticks(sorted({round(scale * row["value"], 2) for row in rows}))
+    panel.set_xlabel(name)
+    panel.set_ylabel("accuracy, %")
+    panel.set_ylim(0, 100)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
 
 
 def sheet(folder):

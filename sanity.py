@@ -19,7 +19,7 @@ from evaluation import exact_float32
 FAR, EVERYWHERE = 64 / 255, 1.0  # radii at which hardly anything, and nothing, withstands
 MORE = 5  # times as many steps where more steps must not matter
 SQUARE_QUERIES = 1000
-# In percent of the images: what is noise, and what is a defect.
+# In percent of the images: what is noise (two images always are), and what is a defect.
 NOISE, DEFECT = 1.0, 5.0
 HARDLY = 5.0  # percent right at FAR that still is close to none
 
@@ -124,7 +124,13 @@ def iterative(outcomes):
     """Many steps do at least what one does."""
     one, many = outcomes["one step"].accuracy, outcomes["pgd"].accuracy
     meaning = "many steps do less than one: gradients mislead, so believe the margin, Square and AutoAttack"
-    return _graded("iterative attack", many - one, f"one step leaves {one:.2f}, PGD {many:.2f}", meaning)
+    return _graded(
+        "iterative attack",
+        many - one,
+        len(outcomes["pgd"]),
+        f"one step leaves {one:.2f}, PGD {many:.2f}",
+        meaning,
+    )
 
 
 def falling(outcomes, epsilon):
@@ -136,7 +142,7 @@ def falling(outcomes, epsilon):
     pairs = zip(radii, accuracies, strict=False)
     seen = ", ".join(f"{accuracy:.2f} at {suite.in_255ths(radius)}" for radius, accuracy in pairs)
     meaning = "a larger ball holds the smaller one, so the attack fails there: more steps, another loss"
-    return _graded("falling with epsilon", rise, seen, meaning)
+    return _graded("falling with epsilon", rise, len(outcomes["pgd"]), seen, meaning)
 
 
 def far(outcomes):
@@ -162,8 +168,10 @@ def everywhere(outcomes):
 def converged(outcomes):
     few, many = outcomes["pgd"].accuracy, outcomes["more"].accuracy
     meaning = "the table's PGD stops too early: raise --num-steps, add --random-start --restarts 5"
-    seen = f"PGD leaves {few:.2f}, {MORE} times the steps with 2 restarts {many:.2f}"
-    return _graded("more steps change little", few - many, seen, meaning, NOISE + 1, 2 * DEFECT)
+    seen = f"PGD leaves {few:.2f}, {MORE} times the steps and 2 restarts {many:.2f}"
+    return _graded(
+        "more steps change little", few - many, len(outcomes["pgd"]), seen, meaning, NOISE + 1, 2 * DEFECT
+    )
 
 
 def noise_is_weak(outcomes):
@@ -172,7 +180,7 @@ def noise_is_weak(outcomes):
         "random signs do more than the gradient's: the gradient is useless; believe Square and AutoAttack"
     )
     seen = f"noise leaves {random:.2f}, PGD {gradient:.2f}"
-    return _graded("noise weaker than gradient", gradient - random, seen, meaning)
+    return _graded("noise weaker than gradient", gradient - random, len(outcomes["pgd"]), seen, meaning)
 
 
 def white_box(outcomes, part):
@@ -183,7 +191,7 @@ def white_box(outcomes, part):
     name = {"square": "Square", "transfer": "transfer"}[part]
     seen = f"{share:.2f} % of the images fall to {name} and not to PGD"
     meaning = "an attack that knows less finds more: gradients are masked, so believe Worst with it included"
-    return _graded(f"white box beats {name}", share, seen, meaning)
+    return _graded(f"white box beats {name}", share, len(right), seen, meaning)
 
 
 def losses_agree(outcomes):
@@ -194,10 +202,8 @@ def losses_agree(outcomes):
     seen = f"PGD leaves {plain:.2f} on cross-entropy, " + ", ".join(
         f"{value:.2f} on the {'DLR loss' if name == 'dlr' else name}" for name, value in others.items()
     )
-    meaning = (
-        "gradient masking: cross-entropy is saturated, so its columns say nothing; believe the lower number"
-    )
-    return _graded("losses agree", gap, seen, meaning)
+    meaning = "gradient masking: cross-entropy's columns overstate robustness, believe the lower number"
+    return _graded("losses agree", gap, len(outcomes["pgd"]), seen, meaning)
 
 
 def gradients(outcomes):
@@ -230,7 +236,8 @@ def margins(outcomes):
     return Finding("logit margins", status, seen, meaning)
 
 
-def _graded(name, excess, seen, meaning, noise=NOISE, defect=DEFECT):
-    """PASS up to `noise` percent too many, WARN up to `defect`, FAIL beyond."""
-    status = "PASS" if excess <= noise else "WARN" if excess <= defect else "FAIL"
+def _graded(name, excess, images, seen, meaning, noise=NOISE, defect=DEFECT):
+    """PASS up to `noise` percent too many of so many images, WARN up to `defect`, FAIL beyond."""
+    noise = max(noise, 200 / images)
+    status = "PASS" if excess < noise + 1e-9 else "WARN" if excess <= defect else "FAIL"
     return Finding(name, status, seen, meaning)
