@@ -193,9 +193,16 @@ def read_network(path):
 
 
 def check_finite(tensors, path):
-    """Raise CheckpointError when one of the named tensors holds NaN or Inf."""
+    """Raise CheckpointError when one of the named tensors holds NaN or Inf, or no numbers of its own."""
     for name, value in tensors.items():
-        if not value.isfinite().all():
+        try:
+            stored = value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+            finite = bool(stored and value.isfinite().all())
+        except RuntimeError:  # sparse, quantised, on no device
+            stored = finite = False
+        if not stored:
+            raise utils.CheckpointError(f"{path}: {name} is no ordinary tensor; save it as one")
+        if not finite:
             raise utils.CheckpointError(
                 f"{path}: {name} holds NaN or Inf; the run diverged, use an older file"
             )

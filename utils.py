@@ -19,6 +19,7 @@ import threading
 import traceback
 import types
 import typing
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -614,7 +615,8 @@ def _migrated(state, path):
 
 def _read_pickle(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's, on odd files; what matters is told below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_foreign(error)}") from None
 

@@ -87,7 +87,7 @@ def tiny(save_to, **more):
         "precision": "float32", "device": "cpu", "save_to": save_to, **more,
     }  # fmt: skip
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
-    return [part for flag in flags for part in flag]
+    return [str(part) for flag in flags for part in flag]
 
 
 def outcome(path):
@@ -160,6 +160,7 @@ def main(config: Config) -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak "))
     sent, runs, bad = dict.fromkeys(SIGNALS, 0), 0, 0
     whole, seconds = {}, {}
+    finish(start("softmax_training", ["--help"], folder))  # waits until torch is imported
     for script in SCRIPTS:
         whole[script] = folder / "whole" / f"{script}.pth.tar"
         started = time.monotonic()

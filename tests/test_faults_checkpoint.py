@@ -1,0 +1,464 @@
+"""Reading checkpoints: every fault, provoked on a real file, is one CheckpointError and runs no code."""
+
+import argparse
+import copy
+import io
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import evaluation
+import softmax_training
+import training
+import utils
+from resnet_model import resnet
+from utils import CheckpointError
+
+MANY = int(os.environ.get("FUZZ", "60"))  # inputs to each fuzz test; FUZZ=10000 for the long form
+fuzz = settings(
+    max_examples=MANY,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return resnet(num_classes=3, depth=8)
+
+
+@pytest.fixture
+def checkpoint(network, tmp_path):
+    path = tmp_path / "CIFAR10_Softmax.pth.tar"
+    utils.save_checkpoint({"state_dict": network.state_dict(), "epoch": 4}, path)
+    return path
+
+
+def message(path, read=utils.load_checkpoint):
+    """The one line that a refused file is answered with."""
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    text = str(caught.value)
+    assert caught.value.exit_status == 4 and "\n" not in text and str(path) in text
+    assert "weights_only" not in text and "unsafe" not in text.lower()
+    return text
+
+
+# ---------------------------------------------------------------- items 1 to 6: no whole file
+
+
+def test_item_1_a_missing_file_names_its_script_and_what_is_there(tmp_path, checkpoint):
+    text = message(tmp_path / "CIFAR10_PCL.pth.tar")
+    assert "no such file" in text and "python pcl_training.py makes it" in text and checkpoint.name in text
+
+
+def test_item_2_a_directory(tmp_path):
+    assert "is a directory" in message(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_item_2_an_unreadable_file(checkpoint):
+    checkpoint.chmod(0)
+    assert "Permission denied" in message(checkpoint)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc")
+def test_item_2_a_file_that_cannot_be_read():
+    assert "cannot be read" in message(Path("/proc/self/mem"))
+
+
+def test_item_3_an_empty_file(checkpoint):
+    checkpoint.write_bytes(b"")
+    assert "is empty; interrupted save?" in message(checkpoint)
+
+
+@pytest.mark.parametrize("kept", [0.5, -100, -1])
+def test_item_4_a_truncated_file(checkpoint, kept):
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: int(len(content) * kept) if kept > 0 else kept])
+    assert "cut off or damaged" in message(checkpoint)
+
+
+def test_item_5_one_flipped_bit_in_the_weights_that_torch_alone_would_load(checkpoint, network):
+    content = bytearray(checkpoint.read_bytes())
+    place = content.index(network.fcf.weight.detach().numpy().tobytes()) + 1001
+    content[place] ^= 4
+    checkpoint.write_bytes(content)
+    loaded = torch.load(checkpoint, weights_only=True)["state_dict"]["fcf.weight"]
+    assert not torch.equal(loaded, network.fcf.weight)  # the fault is real
+    assert "fails its checksum" in message(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        (b"\n <html lang='en'>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git-lfs pointer"),
+    ],
+)
+def test_item_6_another_file_under_the_name(checkpoint, content, said):
+    checkpoint.write_bytes(content)
+    assert said in message(checkpoint)
+
+
+# ---------------------------------------------------------------- items 7 and 8: what could run code
+
+
+class Malicious:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_item_7_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, legacy):
+    canary, path = tmp_path / "canary", tmp_path / "evil.pth.tar"
+    state = {"state_dict": {"w": torch.zeros(1)}, "epoch": Malicious(canary)}
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    text = message(path)
+    assert not canary.exists() and "could run code" in text
+    torch.load(path, weights_only=False)
+    assert canary.exists()  # the pickle was a live one
+
+
+def test_item_7_a_bare_malicious_pickle_is_refused_and_does_nothing(tmp_path):
+    canary, path = tmp_path / "canary", tmp_path / "evil.pth.tar"
+    path.write_bytes(pickle.dumps(Malicious(canary)))
+    message(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("thing", "named"),
+    [(argparse.Namespace(lr=0.1), "argparse.Namespace"), (np.float64(91.5), "numpy")],
+)
+def test_item_8_foreign_objects_are_named(tmp_path, thing, named):
+    path = tmp_path / "foreign.pth.tar"
+    torch.save({"state_dict": {}, "args": thing}, path)
+    assert named in message(path)
+
+
+# ---------------------------------------------------------------- items 9 to 14: other contents
+
+
+def test_items_9_and_10_the_authors_format_and_wrappers_prefixes_load(tmp_path, network):
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        path = tmp_path / "theirs.pth.tar"
+        weights = {prefix + name: value for name, value in network.state_dict().items()}
+        state = {"epoch": 3, "state_dict": weights, "optimizer_model": {"state": {}, "param_groups": []}}
+        torch.save(state, path, _use_new_zipfile_serialization=False)  # as torch did in 2019
+        _, read, arguments = training.read_network(path)
+        assert arguments == {"depth": 8, "num_classes": 3, "aux_dim": 0}
+        assert all(torch.equal(read[name], value) for name, value in network.state_dict().items())
+
+
+def test_item_9_tensors_saved_on_cuda_load_on_a_cpu(checkpoint, network):
+    """The location is a text in the pickle: rewritten, the file is what a CUDA machine would have saved."""
+    source, changed = zipfile.ZipFile(checkpoint), io.BytesIO()
+    with zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as target:
+        for record in source.infolist():
+            content = source.read(record)
+            if record.filename.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in content
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            target.writestr(record.filename, content)
+    checkpoint.write_bytes(changed.getvalue())
+    state = utils.load_checkpoint(checkpoint)
+    assert state["state_dict"]["fcf.weight"].device.type == "cpu"
+
+
+def test_item_11_evaluation_takes_depth_and_classes_from_the_checkpoint(checkpoint):
+    target = evaluation.load_target(checkpoint, torch.device("cpu"), ("a", "b", "c"))
+    assert target.depth == 8
+    text = message(checkpoint, lambda path: evaluation.load_target(path, torch.device("cpu"), ("a", "b")))
+    assert "3 classes" in text and "2" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_item_13_lost_weights_are_refused(tmp_path, network, value):
+    path, weights = tmp_path / "lost.pth.tar", copy.deepcopy(network.state_dict())
+    weights["layer2.0.conv1.weight"][0, 0, 0, 0] = value
+    utils.save_checkpoint({"state_dict": weights}, path)
+    assert "layer2.0.conv1.weight holds NaN or Inf" in message(path, training.read_network)
+
+
+def test_item_14_a_newer_format_says_so(tmp_path):
+    path = tmp_path / "future.pth.tar"
+    utils.save_checkpoint({"format": utils.FORMAT + 1}, path)
+    torch.save({"format": utils.FORMAT + 1, "state_dict": {}}, path)
+    assert f"format {utils.FORMAT + 1} is newer" in message(path)
+
+
+def test_every_older_format_has_a_migration():
+    assert sorted(utils.MIGRATIONS) == list(range(1, utils.FORMAT))
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text"])
+def test_something_else_than_a_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth.tar")
+    assert "not a checkpoint" in message(tmp_path / "other.pth.tar")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state_dict": 3},
+        {"state_dict": {"a": 1}},
+        {"state_dict": {"fcf.weight": torch.zeros(3, 4)}},
+        {"state_dict": {3: torch.zeros(3, 4)}},
+        {"state_dict": {}, "format": True},
+        {"state_dict": {}, "format": -1},
+        {"state_dict": {}, "format": "two"},
+        {},
+    ],
+)
+def test_a_dict_that_holds_no_network_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "other.pth.tar")
+    message(tmp_path / "other.pth.tar", training.read_network)
+
+
+@pytest.mark.parametrize("spoil", ["meta", "sparse", "expanded"])
+def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, network, spoil):
+    """A few bytes that claim to be a whole network must neither crash nor fill the memory."""
+    weights = dict(network.state_dict())
+    shape = weights["fcf.weight"].shape
+    weights["fcf.weight"] = {
+        "meta": lambda: torch.empty(shape, device="meta"),
+        "sparse": lambda: torch.zeros(shape).to_sparse(),
+        "expanded": lambda: torch.zeros(1).expand(10**9, 1024),
+    }[spoil]()
+    torch.save({"state_dict": weights}, tmp_path / "odd.pth.tar")
+    message(tmp_path / "odd.pth.tar", training.read_network)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / "bomb.pth.tar"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
+    assert path.stat().st_size < 20_000
+    assert "compressed" in message(path)
+
+
+# ---------------------------------------------------------------- fuzz
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint of a few kilobytes, as bytes: every kind of content, little of each."""
+    path = tmp_path_factory.mktemp("fuzz") / "small.pth.tar"
+    state = {"state_dict": {"w": torch.arange(24.0).view(2, 3, 4)}, "epoch": 4, "history": [{"loss": 0.5}]}
+    utils.save_checkpoint(state, path)
+    return path.read_bytes()
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+@fuzz
+@given(data=st.data())
+def test_damage_anywhere_is_refused_or_harmless(small, tmp_path, data):
+    """Flipped bits, cuts, holes and insertions: a CheckpointError, or the very content that was saved."""
+    path, content = tmp_path / "small.pth.tar", bytearray(small)
+    path.write_bytes(small)
+    whole = utils.load_checkpoint(path)
+    place = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "hole", "insert", "swap"]))
+    if kind == "flip":
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "hole":
+        size = data.draw(st.integers(1, 600))
+        content[place : place + size] = bytes(min(size, len(content) - place))
+    elif kind == "insert":
+        content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+    else:
+        size = data.draw(st.integers(1, 64))
+        content[place : place + size] = content[place : place + size][::-1]
+    path.write_bytes(content)
+    try:
+        state = utils.load_checkpoint(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert same(state, whole)
+
+
+@fuzz
+@given(
+    head=st.sampled_from(
+        [b"", b"PK\x03\x04", b"\x80\x02", b"<html", b"\x10\0\0\0\0\0\0\0{", b"\x80\x02\x8a\x0a"]
+    ),
+    tail=st.binary(max_size=300),
+)
+@example(b"\xff\xff\xff\xff\xff\xff\xff\x7f{", b"")
+def test_bytes_of_no_meaning_are_refused(tmp_path, head, tail):
+    path = tmp_path / "noise.pth.tar"
+    path.write_bytes(head + tail)
+    message(path, training.read_network)
+
+
+OPCODES = [bytes([c]) for c in b"}])(.012KMNXUqrhjRbcQ\x81\x85\x86\x87\x88\x89\x93\x94usaetl0"]
+NAMES = (
+    "os system",
+    "posix system",
+    "builtins eval",
+    "pathlib Path",
+    "torch load",
+    "torch._utils _rebuild_tensor",
+)
+GLOBALS = [f"c{name}\n".replace(" ", "\n").encode() for name in NAMES]
+pickled = st.lists(
+    st.one_of(
+        st.sampled_from(OPCODES),
+        st.sampled_from(GLOBALS),
+        st.text("touch canary", max_size=12).map(lambda t: b"X" + len(t).to_bytes(4, "little") + t.encode()),
+        st.integers(0, 255).map(lambda i: b"K" + bytes([i])),
+    ),
+    max_size=40,
+).map(b"".join)
+
+
+@fuzz
+@given(program=pickled, wrapped=st.booleans())
+@example(b"cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.", True)
+@example(b"cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.", False)
+def test_pickle_programs_run_nothing(tmp_path, program, wrapped):
+    path, canary = tmp_path / "program.pth.tar", tmp_path / "canary"
+    content = b"\x80\x02" + program + b"."
+    if wrapped:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", b"3\n")
+            archive.writestr("archive/byteorder", b"little")
+    else:
+        path.write_bytes(content)
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        training.read_network(path)
+    except CheckpointError:
+        pass
+    finally:
+        os.chdir(here)
+    assert not canary.exists() and os.listdir(tmp_path) == [path.name]
+
+
+# ---------------------------------------------------------------- weights to hand on
+
+
+@pytest.fixture
+def trained(tmp_path, network):
+    """A checkpoint with all that training saves: shared prototypes, channels-last weights, an optimiser."""
+    criterion = training.PrototypeConformityLoss(3, {"fc": 1024}, 1.0, 1e-4, shared=True)
+    model = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1, momentum=0.9)
+    criterion(model(torch.rand(4, 3, 8, 8)), torch.tensor([0, 1, 2, 0]))[0].backward()
+    optimizer.step()
+    config = {"lr": 0.1, "data_dir": "/home/someone/data", "save_to": "/scratch/x", "layers": ["fc"]}
+    config |= {
+        "init_from": "/home/someone/softmax.pth.tar",
+        "log_to": None,
+        "resume": True,
+        "device": "cuda:3",
+    }
+    state = {
+        "script": "pcl_training", "config": config, "classes": ["ä", "b", "c"], "epoch": 7, "finished": True,
+        "network": {"depth": 8, "num_classes": 3, "aux_dim": 0}, "history": [{"epoch": 7, "lr": 0.1}],
+        "state_dict": model.state_dict(), "criterion": criterion.state_dict(),
+        "optimizer": optimizer.state_dict(), "log": ["a line of /home/someone"], "data": {"name": "folder"},
+    }  # fmt: skip
+    path = tmp_path / "trained.pth.tar"
+    utils.save_checkpoint(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth.tar"])
+def test_exported_weights_load_wherever_a_checkpoint_does(trained, tmp_path, name):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    target = tmp_path / "a new folder" / name
+    assert utils.export(trained, target) == utils.sha256(target)
+    before, after = utils.load_checkpoint(trained), utils.load_checkpoint(target)
+    for part in ("state_dict", "criterion"):
+        assert same(dict(before[part]), after[part])
+    for key in ("script", "classes", "network", "epoch", "history", "finished", "versions", "format"):
+        assert after[key] == before[key], key
+    assert after["config"] == {"lr": 0.1, "layers": ["fc"]}
+    assert "optimizer" not in after and b"someone" not in target.read_bytes()
+    assert target.stat().st_size < 0.7 * trained.stat().st_size
+    _, weights, arguments = training.read_network(target)
+    assert same(weights, dict(before["state_dict"])) and arguments == before["network"]
+    assert evaluation.load_target(target, torch.device("cpu"), ("ä", "b", "c")).depth == 8
+
+
+def test_exported_weights_are_an_ordinary_safetensors_file(trained, tmp_path, network):
+    reader = pytest.importorskip("safetensors.torch")
+    utils.export(trained, tmp_path / "w.safetensors")
+    tensors = reader.load_file(tmp_path / "w.safetensors")
+    network.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("criterion.")})
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth.tar"])
+def test_an_export_is_never_written_over_a_file(trained, tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(utils.FileSystemError, match="exists"):
+        utils.export(trained, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"precious"
+
+
+def test_damaged_safetensors_are_refused(trained, tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "w.safetensors"
+    utils.export(trained, path)
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    assert "checksum" in message(path)
+    path.write_bytes(content[:-100])
+    message(path)
+
+
+def test_item_43_without_safetensors_its_feature_alone_says_what_to_install(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(utils.UsageError, match="pip install safetensors"):
+        utils.export(trained, tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+    utils.export(trained, tmp_path / "w.pth.tar")
+
+
+def test_item_12_exported_weights_are_no_run_to_resume(trained, tmp_path):
+    target = tmp_path / "w.pth.tar"
+    utils.export(trained, target)
+    options = [
+        "--dataset",
+        "synthetic",
+        "--limit",
+        "12",
+        "--depth",
+        "8",
+        "--save-to",
+        str(target),
+        "--resume",
+    ]
+    with pytest.raises(CheckpointError, match="no optimiser or prototypes to resume with"):
+        softmax_training.main(utils.parse_config(softmax_training.Config, options))
