@@ -325,7 +325,13 @@ def view(column: Column) -> tuple[list[float], float]:
 def draw(config: Config, dataset: data.Dataset, columns: list[Column], figure_class: type) -> object:
     """The picture as a matplotlib figure: a column a checkpoint, clean above and attacked below."""
     colours = palette(len(dataset.classes))
-    size = (4.8 * len(columns) + 0.6, 10.9)  # inches
+    names = dataset.classes if len(dataset.classes) <= LEGEND_LIMIT else ()
+    legend_columns = min(3 * len(columns), 6)
+    legend_rows = -(-(len(names) + 1) // legend_columns)
+    size = (
+        4.4 * len(columns) + 0.9,
+        10.3 + 0.3 * legend_rows,
+    )  # inches: a panel is at most 4.4 wide and high
     figure = figure_class(figsize=size, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     grid = figure.subplots(2, len(columns), squeeze=False)
@@ -336,7 +342,8 @@ def draw(config: Config, dataset: data.Dataset, columns: list[Column], figure_cl
             draw_panel(panel, column, name, labels, colours)
     for panel, title in zip(grid[:, 0], titles.values(), strict=True):
         panel.set_ylabel(title, fontsize=14, labelpad=8)
-    legend(figure, dataset.classes, colours, any(column.prototypes is not None for column in columns))
+    stars = any(column.prototypes is not None for column in columns)
+    legend(figure, dict(zip(names, colours, strict=False)), stars, legend_columns)
     return figure
 
 
@@ -361,25 +368,18 @@ def draw_panel(panel, column: Column, name: str, labels: Tensor, colours: list) 
     panel.set_xlabel("   ".join(parts), fontsize=10.5, color="#444444")
 
 
-def legend(figure, classes: tuple[str, ...], colours: list, prototypes: bool) -> None:
-    """One legend for all panels, below them."""
+def legend(figure, colours: dict, prototypes: bool, columns: int) -> None:
+    """One legend for all panels, below them: `colours` by class name, and the star."""
     from matplotlib.lines import Line2D
 
-    style = {"linestyle": "none", "markeredgecolor": "none"}
-    names = zip(classes, colours, strict=True) if len(classes) <= LEGEND_LIMIT else ()
-    handles = [Line2D([], [], marker="o", markersize=8, color=c, label=name, **style) for name, c in names]
+    dot = {"linestyle": "none", "marker": "o", "markersize": 8, "markeredgecolor": "none"}
+    star = {"linestyle": "none", "marker": "*", "markersize": 12, "markeredgecolor": "black"}
+    handles = [Line2D([], [], color=colour, label=name, **dot) for name, colour in colours.items()]
     if prototypes:
-        style["markeredgecolor"] = "black"
-        handles.append(Line2D([], [], marker="*", markersize=12, color="white", label="prototype", **style))
+        handles.append(Line2D([], [], color="white", label="prototype", **star))
     if handles:
-        rows = -(-len(handles) // 6)
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=-(-len(handles) // rows),
-            frameon=False,
-            fontsize=12,
-        )
+        style = {"loc": "outside lower center", "frameon": False, "fontsize": 12}
+        figure.legend(handles=handles, ncols=columns, columnspacing=1.5, handletextpad=0.2, **style)
 
 
 def save_picture(config: Config, dataset: data.Dataset, columns: list[Column]) -> None:

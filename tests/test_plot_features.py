@@ -224,6 +224,25 @@ def test_each_dot_has_the_place_and_the_colour_of_its_image(checkpoints, dataset
     assert both_rows[0] == both_rows[1]  # or the rows of a column could not be compared
 
 
+def test_no_text_is_cut_off_or_covered_however_many_columns(checkpoints, dataset):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    config = Config(**PIXELS, layer="layer3", epsilon=0.0)
+    target = evaluation.load_target(checkpoints[1], torch.device("cpu"), dataset.classes)
+    column = plot_features.make_column(config, target, dataset)
+    for count in (1, 2, 4):
+        figure = plot_features.draw(config, dataset, [column] * count, figure_class)
+        figure.draw_without_rendering()
+        upper, lower = figure.axes[0], figure.axes[count]
+        texts = [
+            text for panel in figure.axes for text in (panel.title, panel.xaxis.label, panel.yaxis.label)
+        ]
+        for part in [*texts, *figure.legends]:
+            box, page = part.get_window_extent(), figure.bbox
+            assert page.x0 <= box.x0 <= box.x1 <= page.x1 and page.y0 <= box.y0 <= box.y1 <= page.y1
+        assert lower.title.get_window_extent().y1 < upper.xaxis.label.get_window_extent().y0
+        assert figure.legends[0].get_window_extent().y1 < lower.xaxis.label.get_window_extent().y0
+
+
 def test_colours_are_told_apart():
     pytest.importorskip("matplotlib")
     for count in (2, 10, 11, 100):
