@@ -157,7 +157,8 @@ def classifier(path, device="cpu"):
 
     What AutoAttack, torchattacks, foolbox and RobustBench take as it is. Raises CheckpointError.
     """
-    return folded(_load(path, device)[1])
+    # Plain memory order: other libraries flatten gradients with `view`.
+    return folded(_load(path, device)[1]).to(memory_format=torch.contiguous_format)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ def wilson(correct, images, z=1.959964):
     share, unit = correct / images, z * z / images
     middle = (share + unit / 2) / (1 + unit)
     half = z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
-    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
+    # The ends themselves where rounding would miss them.
+    return 100 * (middle - half) * (correct > 0), 100 * (middle + half) if correct < images else 100.0
 
 
 def robust(target, trials, progress):

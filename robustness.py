@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     if config.source_checkpoint is not None:
         source = evaluation.load_target(config.source_checkpoint, device, dataset.classes)
     trials = suite.table(config, len(dataset.classes), source)
-    points = suite.curves(config)
+    points = suite.curves(config, len(dataset.classes))
     checks = sanity.trials(config, len(dataset.classes), source) if config.sanity else {}
     identity = evaluation.fingerprint(config, dataset, targets, source)
     progress = evaluation.Progress(config.results, identity)

@@ -88,11 +88,15 @@ def table(config, num_classes, source=None):
     `source`: the Target whose adversarial images `transfer` carries over. Raises UsageError for an attack
     that `num_classes` are too few for.
     """
-    few = sorted(NEEDS_THREE_CLASSES & {*config.attacks, *(config.curve_attacks if config.epsilons else ())})
-    if few and num_classes < 3:
-        raise utils.UsageError(f"--attacks {few[0]}: needs 3 classes or more, the data have {num_classes}")
+    _check_classes(config.attacks, num_classes)
     named = dict.fromkeys(config.attacks)
     return [clean(), *(make(name, config, source) for name in named)]
+
+
+def _check_classes(names, num_classes):
+    few = sorted(NEEDS_THREE_CLASSES & set(names))
+    if few and num_classes < 3:
+        raise utils.UsageError(f"--attacks {few[0]}: needs 3 classes or more, the data have {num_classes}")
 
 
 def clean(limit=None):
@@ -248,12 +252,14 @@ class Point(NamedTuple):
     trial: Trial
 
 
-def curves(config):
+def curves(config, num_classes):
     """The points of accuracy against epsilon and against the number of steps that `config` asks for.
 
     Against epsilon the step is 2.5 * epsilon / num_steps (Madry et al. 2018; 2/255 at 8/255 in 10 steps),
     against the number of steps it is that of the table.
     """
+    if config.epsilons or config.step_counts:
+        _check_classes(config.curve_attacks, num_classes)
     points = []
     for name in dict.fromkeys(config.curve_attacks):
         for epsilon in sorted(set(config.epsilons)):

@@ -1,0 +1,144 @@
+"""Other libraries take the network of a checkpoint as it is, and agree with this project about it."""
+
+import logging
+
+import pytest
+import torch
+
+import attacks
+import evaluation
+import resnet_model
+import suite
+import training
+import utils
+
+CLASSES, EPSILON = ("a", "b", "c", "d"), 8 / 255
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small network whose batch norms have seen something, as a checkpoint."""
+    path = tmp_path_factory.mktemp("models") / "net.pth.tar"
+    torch.manual_seed(0)
+    model = resnet_model.resnet(len(CLASSES), 8).train()
+    for _ in range(3):
+        model(torch.rand(16, 3, 16, 16))
+    utils.save_checkpoint({"state_dict": model.state_dict(), "classes": list(CLASSES)}, path, False)
+    return path
+
+
+@pytest.fixture
+def model(checkpoint):
+    return evaluation.classifier(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def batch(checkpoint):
+    """Images, and as labels what the network says of all but one."""
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    labels = evaluation.classifier(checkpoint)(images).argmax(1)
+    labels[0] = (labels[0] + 1) % 4
+    return images, labels
+
+
+def test_classifier_is_the_checkpoints_network(checkpoint, model, batch):
+    _, weights, arguments = training.read_network(checkpoint)
+    network = resnet_model.resnet(**arguments)
+    network.load_state_dict(weights)
+    torch.testing.assert_close(model(batch[0]), network.eval()(batch[0]).logits, rtol=1e-4, atol=1e-4)
+    assert isinstance(model, torch.nn.Module)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_classifier_refuses_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(utils.CheckpointError, match="no such file"):
+        evaluation.classifier(tmp_path / "none.pth.tar")
+
+
+def test_torchattacks(model, batch):
+    torchattacks = pytest.importorskip("torchattacks")
+    images, labels = batch
+    theirs = torchattacks.FGSM(model, eps=EPSILON)(images, labels)
+    torch.testing.assert_close(theirs, attacks.fgsm(model, images, labels, EPSILON))
+    theirs = torchattacks.PGD(model, eps=EPSILON, alpha=2 / 255, steps=3, random_start=False)(images, labels)
+    ours = attacks.pgd(model, images, labels, EPSILON, num_steps=3)
+    assert (theirs - ours).abs().mean() < 1e-3  # a sign may turn where the gradient is next to zero
+
+
+def test_foolbox(model, batch):
+    foolbox = pytest.importorskip("foolbox")
+    images, labels = batch
+    theirs = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    assert foolbox.utils.accuracy(theirs, images, labels) == pytest.approx(5 / 6)
+    attack = foolbox.attacks.LinfFastGradientAttack(random_start=False)
+    found, _, success = attack(theirs, images, labels, epsilons=EPSILON)
+    ours = attacks.fgsm(model, images, labels, EPSILON)
+    torch.testing.assert_close(found, ours)
+    assert success.tolist() == (model(ours).argmax(1) != labels).tolist()
+
+
+def test_robustbench(model, batch):
+    robustbench = pytest.importorskip("robustbench.utils")
+    assert robustbench.clean_accuracy(model, *batch, batch_size=4) == pytest.approx(5 / 6)
+
+
+def test_autoattack(checkpoint, model, batch, tmp_path):
+    """The reference implementation takes the one-liner; through the suite its log is kept, its seed fixed."""
+    pyautoattack = pytest.importorskip("pyautoattack")
+    images, labels = batch
+    quick = {"attacks": ["apgd-ce"], "version": "custom", "seed": 0}
+    adversary = pyautoattack.AutoAttack(model, eps=EPSILON, **quick)
+    adversary.apgd.n_restarts, adversary.apgd.n_iter = 1, 5
+    with torch.no_grad():
+        found, _ = adversary.run_standard_evaluation(images, labels, batch_size=6)
+    assert (found - images).abs().max() <= EPSILON + 1e-6
+    wrong = model(found).argmax(1) != labels
+    ours = attacks.apgd(model, images, labels, EPSILON, num_steps=5)
+    assert wrong.tolist() == (model(ours).argmax(1) != labels).tolist()
+
+
+@pytest.mark.parametrize("package", suite.AUTOATTACK_PACKAGES)
+def test_suite_runs_the_standard_version(package, model, batch, tmp_path, monkeypatch):
+    """Whichever of the two packages is there, all its images are judged, and its messages are kept."""
+    reference = pytest.importorskip(package)
+    images, labels = batch
+    quick = quickened(reference.AutoAttack)
+    monkeypatch.setattr(suite, "find_autoattack", lambda: (package, quick))
+    before = logging.getLogger("auto-attack").handlers[:]
+    results = [
+        suite.run_autoattack(model, images, labels, EPSILON, seed=3, log=tmp_path / name) for name in "ab"
+    ]
+    assert torch.equal(*results)
+    evaluation.check_result(results[0], images, EPSILON)
+    assert "apgd-ce" in (tmp_path / "a").read_text().lower()
+    assert "apgd-t" in (tmp_path / "a").read_text().lower()
+    assert logging.getLogger("auto-attack").handlers == before
+    pgd = attacks.pgd(model, images, labels, EPSILON)
+    still = (model(pgd).argmax(1) == labels) & (model(images).argmax(1) == labels)
+    left = (model(results[0]).argmax(1) == labels) & (model(images).argmax(1) == labels)
+    assert left.sum() <= still.sum()
+
+
+def quickened(autoattack):
+    """The same class with few steps of each of its attacks."""
+
+    class Quick(autoattack):
+        def run_standard_evaluation(self, *arguments, **options):
+            assert self.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+            assert self.apgd_targeted.n_target_classes == self.fab.n_target_classes == 3
+            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 5
+            self.square.n_queries = 10
+            return super().run_standard_evaluation(*arguments, **options)
+
+    return Quick
+
+
+def test_autoattack_that_is_not_there_says_what_to_install(monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(suite.importlib, "import_module", absent)
+    with pytest.raises(utils.UsageError, match="pip install pyautoattack"):
+        suite.find_autoattack()
