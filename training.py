@@ -503,7 +503,7 @@ class Run:
         message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
         if stopping:
             self.log.append(message)
-        if stopping or due:
+        if stopping or (due and self.batch):  # an epoch that is over is saved already
             self.save()
         if stopping:
             utils.note(message, self.log_path)

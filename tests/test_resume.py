@@ -1,0 +1,321 @@
+"""Stopped anywhere, by whatever, and resumed: the end of a run does not tell (items 15, 21, 22, 24, 46)."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pcl_training
+import pcl_training_adversarial_fgsm
+import pcl_training_adversarial_pgd
+import softmax_training
+import training
+import utils
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import soak
+
+SCRIPTS = {
+    module.__name__: module
+    for module in (
+        softmax_training,
+        pcl_training,
+        pcl_training_adversarial_fgsm,
+        pcl_training_adversarial_pgd,
+    )
+}
+SIZE = {"limit": 12, "batch_size": 4, "epochs": 2, "eval_every": 2}  # 2 epochs of 3 batches
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def options(script, path, stage_1=None, **more):
+    more = {**SIZE, **more}
+    if script != "softmax_training":
+        more = {"init_from": stage_1, **more}
+    if script.endswith("pgd"):
+        more["num_steps"] = 2
+    return soak.tiny(path, **more)
+
+
+def train(script, *arguments, flags=()):
+    """Run a script in this process."""
+    module = SCRIPTS[script]
+    module.main(utils.parse_config(module.Config, [*arguments, *flags]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Processes started here have one thread, and sums over threads depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The checkpoint of an uninterrupted run of each script."""
+    folder, paths = tmp_path_factory.mktemp("whole"), {}
+    for script in SCRIPTS:
+        paths[script] = folder / script / "run.pth.tar"
+        train(script, *options(script, paths[script], paths.get("softmax_training")))
+    return paths
+
+
+class StopAt:
+    """Instead of signals: asks for a stop when it is looked at for the `count`-th time."""
+
+    def __init__(self, count):
+        self.left, self.number = count, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    @property
+    def received(self):
+        if self.number is None:
+            self.left -= 1
+            self.number = signal.SIGTERM if self.left < 0 else None
+        return self.number
+
+
+@every_script
+def test_a_run_stopped_after_every_batch_ends_as_one_that_was_not(script, whole, tmp_path, monkeypatch):
+    """Every batch and every epoch boundary is a place to stop: the run is resumed after each one."""
+    path, stops = tmp_path / "run.pth.tar", 0
+    monkeypatch.setattr(utils, "StopSignals", lambda: StopAt(0))
+    given = options(script, path, whole["softmax_training"])
+    while not (path.exists() and utils.load_checkpoint(path)["finished"]):
+        with pytest.raises(utils.Interrupted) as caught:
+            train(script, *given, flags=["--resume"])
+        assert caught.value.exit_status == 143
+        stops += 1
+    assert stops == 6  # after each of 3 batches in 2 epochs
+    assert soak.compare(path, whole[script]) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_items_21_22_and_24_a_real_signal_to_a_real_process(signum, whole, tmp_path):
+    """In the middle of an epoch; the data are large enough for the signal to find the run at work."""
+    script, path, log = "pcl_training_adversarial_fgsm", tmp_path / "run.pth.tar", tmp_path / "output.txt"
+    given = options(script, path, whole["softmax_training"], save_every_minutes=1e-9)
+    process = soak.start(script, [*given, "--epochs", "100000", "--resume"], tmp_path, log)
+    wait_for(path.exists, process, log)
+    os.kill(process.pid, signum)
+    status = soak.finish(process)
+    assert status == (-signum if signum == signal.SIGKILL else 128 + signum), log.read_text()
+    state = utils.load_newest(path)
+    if signum != signal.SIGKILL:
+        assert "stopped at epoch" in log.read_text().splitlines()[-1] and "Traceback" not in log.read_text()
+    epochs = state["epoch"] + 2
+    straight = tmp_path / "straight" / "run.pth.tar"
+    changed = ("--epochs", str(epochs), "--eval-every", "1000000")
+    train(script, *options(script, straight, whole["softmax_training"]), *changed)
+    train(script, *given, *changed[:2], "--eval-every", "1000000", flags=["--resume"])
+    assert soak.compare(path, straight) == []
+
+
+def wait_for(happened, process, log, seconds=100):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.is_alive() and time.monotonic() < end, log.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_item_22_a_second_signal_ends_at_once_and_writes_nothing(signum, tmp_path):
+    """The first is answered when the batch is done, here one of many images; the second does not wait."""
+    path, log = tmp_path / "run.pth.tar", tmp_path / "output.txt"
+    given = soak.tiny(path, limit=2000, batch_size=2000, depth=20, log_to=tmp_path / "run.log")
+    process = soak.start("softmax_training", given, tmp_path, log)
+    wait_for((tmp_path / "run.log").exists, process, log)
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(process.pid, signum)
+    assert soak.finish(process) == 128 + signum, log.read_text()
+    assert not path.exists() and not list(tmp_path.glob("*.tmp"))
+    assert "stopped at" not in log.read_text() and "Traceback" not in log.read_text()
+
+
+def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_path):
+    """Saves follow one another without a pause, so kill -9 finds one under way."""
+    path, log = tmp_path / "run.pth.tar", tmp_path / "output.txt"
+    given = [*options("softmax_training", path, save_every_minutes=1e-9), "--epochs", "100000", "--resume"]
+    for attempt in range(3):
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        process = soak.start("softmax_training", given, tmp_path, log)
+        wait_for(lambda then=before: path.exists() and path.stat().st_mtime_ns > then, process, log)
+        time.sleep(0.02 * attempt)
+        process.kill()
+        assert soak.finish(process) == -signal.SIGKILL
+        assert utils.load_newest(path)["script"] == "softmax_training"
+    train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=["--resume"])
+    assert not list(tmp_path.glob("*.tmp"))  # item 18: whatever was left behind is gone
+
+
+def test_a_stop_in_the_last_epoch_still_tells_its_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "StopSignals", lambda: StopAt(6))
+    with pytest.raises(utils.Interrupted, match="finished") as caught:
+        train("softmax_training", *options("softmax_training", tmp_path / "run.pth.tar"))
+    assert caught.value.exit_status == 143
+
+
+def test_max_minutes_saves_says_how_to_go_on_and_succeeds(whole, tmp_path):
+    path, log = tmp_path / "run.pth.tar", tmp_path / "output.txt"
+    given = [*options("softmax_training", path), "--resume", "--max-minutes", "1e-9"]
+    process = soak.start("softmax_training", given, tmp_path, log)
+    assert soak.finish(process) == 0, log.read_text()
+    assert "stopped at epoch 1, batch 1" in log.read_text() and "--resume goes on" in log.read_text()
+    for _ in range(4):
+        with pytest.raises(utils.Interrupted) as caught:
+            train("softmax_training", *given)
+        assert caught.value.exit_status == 0
+    train("softmax_training", *given)  # the last batch: nothing is left to go on with
+    assert soak.compare(path, whole["softmax_training"]) == []
+
+
+def test_a_period_in_minutes_saves_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    saved = []
+    keep = utils.save_checkpoint
+    monkeypatch.setattr(
+        utils, "save_checkpoint", lambda s, *a, **k: saved.append(s["batch"]) or keep(s, *a, **k)
+    )
+    path = tmp_path / "run.pth.tar"
+    train("softmax_training", *options("softmax_training", path, save_every_minutes=1e-9, epochs=1))
+    assert saved == [1, 2, 0]
+    saved.clear()
+    train(
+        "softmax_training", *options("softmax_training", path, save_every_minutes=60, epochs=1), "--overwrite"
+    )
+    assert saved == [0]
+
+
+def test_resume_with_nothing_there_begins_and_a_finished_run_is_left_alone(whole, tmp_path, capsys):
+    path = tmp_path / "run.pth.tar"
+    given = options("softmax_training", path)
+    train("softmax_training", *given, flags=["--resume"])
+    assert soak.compare(path, whole["softmax_training"]) == []
+    before = path.read_bytes()
+    train("softmax_training", *given, flags=["--resume"])
+    assert path.read_bytes() == before and "finished already" in capsys.readouterr().out
+    train("softmax_training", *given, "--epochs", "3", flags=["--resume"])
+    state = utils.load_checkpoint(path)
+    assert state["epoch"] == 3 and len(state["history"]) == 3
+
+
+def stopped(path, script="softmax_training", batches=4, **more):
+    """Leave the checkpoint of a run that was stopped after so many of its 6 batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "StopSignals", lambda: StopAt(batches - 1))
+        with pytest.raises(utils.Interrupted):
+            train(script, *options(script, path, **more))
+    return path
+
+
+def test_item_15_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
+    path = stopped(tmp_path / "run.pth.tar")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+    said = capsys.readouterr().out
+    assert "warning: " in said and f"going on from {path}.previous" in said
+    assert soak.compare(path, whole["softmax_training"]) == []
+
+
+def test_the_good_checkpoint_before_outlives_a_corrupt_one(tmp_path):
+    path = stopped(tmp_path / "run.pth.tar")
+    previous = utils.previous_of(path)
+    path.write_bytes(b"PK damaged")
+    good = previous.read_bytes()
+    utils.save_checkpoint(utils.load_checkpoint(previous), path)
+    assert previous.read_bytes() == good
+
+
+def test_a_run_that_starts_anew_never_falls_back_to_the_old_one(tmp_path):
+    path = stopped(tmp_path / "run.pth.tar", seed=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "StopSignals", lambda: StopAt(0))
+        with pytest.raises(utils.Interrupted):
+            train("softmax_training", *options("softmax_training", path), "--overwrite")
+    assert not utils.previous_of(path).exists() and utils.load_checkpoint(path)["config"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lr": 0.2}, "lr 0.1 -> 0.2"),
+        ({"seed": 1}, "trained on|seed 0 -> 1"),
+        ({"depth": 14}, "depth 8 -> 14"),
+        ({"batch_size": 5}, "batch_size 4 -> 5"),
+        ({"limit": 13}, "trained on .*12.* not .*13"),
+        ({"precision": "bfloat16"}, "precision float32 -> bfloat16"),
+    ],
+)
+def test_item_46_what_identifies_a_run_cannot_change(changed, said, tmp_path):
+    path = stopped(tmp_path / "run.pth.tar")
+    before = path.read_bytes()
+    with pytest.raises(utils.CheckpointError, match=said):
+        train("softmax_training", *options("softmax_training", path, **changed), flags=["--resume"])
+    assert path.read_bytes() == before
+
+
+def test_item_46_what_may_change_is_told(tmp_path, capsys):
+    path = stopped(tmp_path / "run.pth.tar")
+    train("softmax_training", *options("softmax_training", path), "--eval-every", "1", flags=["--resume"])
+    assert "resumed with another eval_every 2 -> 1" in capsys.readouterr().out
+
+
+def test_item_46_the_run_of_another_script_is_refused(whole, tmp_path):
+    path = stopped(tmp_path / "run.pth.tar")
+    with pytest.raises(utils.CheckpointError, match=r"made by softmax_training\.py"):
+        train("pcl_training", *options("pcl_training", path, whole["softmax_training"]), flags=["--resume"])
+
+
+def test_a_run_of_format_1_goes_on(whole, tmp_path):
+    """Format 1 held neither the log nor the precision, and described data without their labels."""
+    path = stopped(tmp_path / "run.pth.tar")
+    state = utils.load_checkpoint(path)
+    del state["log"], state["precision"]
+    state["data"] = {k: v[:2] if isinstance(v, list) else v for k, v in state["data"].items()}
+    torch.save({**state, "format": 1}, path)
+    train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+    assert soak.compare(path, whole["softmax_training"]) == []
+
+
+@pytest.mark.parametrize("lacking", ["state_dict", "history", "sums", "epoch", "config", "data", "scheduler"])
+def test_a_checkpoint_without_a_part_is_refused(lacking, tmp_path):
+    path = stopped(tmp_path / "run.pth.tar")
+    state = utils.load_checkpoint(path)
+    torch.save({k: v for k, v in state.items() if k != lacking}, path)
+    utils.previous_of(path).unlink(missing_ok=True)
+    with pytest.raises(utils.CheckpointError, match=lacking):
+        train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+
+
+def test_the_log_of_a_killed_run_has_each_epoch_once(whole, tmp_path):
+    """Killed between the save and the line: the line comes from the checkpoint. After the line: it goes."""
+    path = stopped(tmp_path / "run.pth.tar")
+    log = path.with_name("run.log")
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines[:-2], "    9    of work that was lost   99 images/s"]))
+    train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+    assert soak.compare(path, whole["softmax_training"]) == []
+
+
+def test_labels_are_part_of_the_data():
+    dataset = training.data.load("synthetic", "data", limit=12)
+    described = training.describe(dataset)
+    swapped = dataset.train.labels.clone()
+    swapped[0], swapped[1] = dataset.train.labels[1], dataset.train.labels[0]
+    split = training.data.Split(dataset.train.images, swapped)
+    other = training.describe(training.data.Dataset(dataset.name, dataset.classes, split, dataset.test))
+    assert training.same_data(described, described) and not training.same_data(described, other)
