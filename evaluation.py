@@ -198,7 +198,7 @@ COLUMNS = {  # of an outcome, with a value an image
     "predicted": torch.int64,
     "correct": torch.bool,
     "margin": torch.float32,  # true logit less the largest other: below 0 is misclassified
-    "linf": torch.float32,  # distance from the original
+    "linf": torch.float64,  # distance from the original; rounded, it could pass for beyond epsilon
     "l2": torch.float32,
     "zero_first": torch.bool,  # the attack's first gradient was exactly zero
     "zero_ever": torch.bool,  # one of them was
@@ -236,7 +236,7 @@ class Outcome:
 
     def fooled(self, epsilon):
         """Which images, (N,) bool, are misclassified within `epsilon` of the original."""
-        return ~self.correct & (self.linf.double() <= epsilon)
+        return ~self.correct & (self.linf <= epsilon)
 
     def extend(self, **values):
         for name, dtype in COLUMNS.items():

@@ -81,7 +81,9 @@ def test_outcome_is_plain_arithmetic():
     assert outcome.predicted.tolist() == scores.argmax(1).tolist()
     assert outcome.correct.tolist() == (scores.argmax(1) == split.labels).tolist()
     torch.testing.assert_close(outcome.margin, true - others, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(outcome.linf, (attacked - images).abs().amax((1, 2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        outcome.linf, (attacked - images).abs().amax((1, 2, 3)).double(), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(
         outcome.l2, (attacked - images).square().sum((1, 2, 3)).sqrt(), rtol=1e-5, atol=0
     )
@@ -150,6 +152,18 @@ def test_unbounded_attacks_count_for_worst_only_within_epsilon():
     clean = progress.of(target, suite.clean()).correct
     assert progress.of(target, trial).accuracy == 25  # a constant prediction
     assert torch.equal(reports.robust(target, [suite.clean(), trial], progress), clean)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1 / 255, 1), st.integers(0, 2**31))
+def test_bounded_results_always_count_for_worst(epsilon, seed):
+    """However close to the edge of the ball, what an attack within it has fooled is fooled within it."""
+    generator = torch.Generator().manual_seed(seed)
+    push = lambda images: suite.into_ball(  # noqa: E731
+        images + torch.randn(images.shape, generator=generator).sign(), images, epsilon
+    )
+    outcome = finish(target_of(network()), split_of(8, seed), returning(push, epsilon))
+    assert torch.equal(outcome.fooled(epsilon), ~outcome.correct)
 
 
 def test_nothing_below_float32():

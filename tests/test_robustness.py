@@ -1,0 +1,343 @@
+"""`robustness.py` as a whole: its table, its files, its options, and that nothing of it is left to chance."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluation
+import robustness
+import suite
+import training
+import utils
+from resnet_model import resnet
+
+LIMIT, SIZE = 12, 16
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Four classes of small images told apart by colour, and two checkpoints: one with prototypes."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("robustness")
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate("abcd"):
+        (root / "test" / name).mkdir(parents=True)
+        for index in range(LIMIT // 4):
+            noise = torch.randint(0, 90, (SIZE, SIZE, 3), generator=generator)
+            image = 80 + noise + 40 * torch.tensor([label & 1, label >> 1, 1])
+            Image.fromarray(image.byte().numpy()).save(root / "test" / name / f"{index}.png")
+    split = data.load("folder", root, splits=("test",)).test
+    save(root / "softmax.pth.tar", "softmax_training", 0, split)
+    save(root / "pcl.pth.tar", "pcl_training", 1, split)
+    return root
+
+
+def save(path, script, seed, split):
+    """A checkpoint as the scripts write it, of a network that a few steps have taught the four colours."""
+    torch.manual_seed(seed)
+    model, weights = resnet(4, 8), (1.0, 1e-4)
+    criterion = training.PrototypeConformityLoss(4, {"layer3": 64, "fc": 1024}, *weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    images = data.to_float(split.images)
+    for _ in range(25):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images).logits, split.labels).backward()
+        optimizer.step()
+    state = {"script": script, "classes": list("abcd"), "epoch": 1, "state_dict": model.state_dict()}
+    if script != "softmax_training":
+        criterion.init_class_means(model.eval(), split)
+        state["config"] = {"weight_prox": 1.0, "weight_conprox": 1e-4, "distance": "squared"}
+        state["criterion"] = criterion.state_dict()
+    utils.save_checkpoint(state, path, keep_previous=False)
+
+
+def config_of(root, results, checkpoints=("softmax", "pcl"), **changes):
+    base = robustness.Config(
+        dataset="folder", data_dir=str(root), checkpoints=tuple(f"{root}/{c}.pth.tar" for c in checkpoints),
+        results=str(results), batch_size=7, device="cpu", num_steps=3, apgd_steps=4, num_queries=10,
+        cw_steps=10, cw_lr=0.1,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def run(capsys, config):
+    """The lines printed, and the JSON report."""
+    robustness.main(config)
+    return capsys.readouterr().out.splitlines(), json.loads(open(config.results).read())
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_the_published_columns_come_first():
+    defaults = robustness.Config()
+    assert defaults.attacks[:4] == ("fgsm", "bim", "mim", "pgd")
+    settings = {t.key: t.settings for t in suite.table(defaults, 10)}
+    assert settings["bim"] == "BIM: 10 steps of 0.8/255"
+    assert settings["mim"] == "MIM: 10 steps of 0.8/255, decay 1"
+    assert settings["pgd"] == "PGD: 10 steps of 2/255, no random start"
+    assert defaults.epsilon == 8 / 255
+
+
+def test_table_json_and_csv_say_the_same(root, tmp_path, capsys):
+    """Each number is that of the bits of its images, and Worst is what all of them have in common."""
+    config = config_of(root, tmp_path / "r.json", attacks=("fgsm", "pgd", "noise", "pgd-margin", "joint"))
+    lines, report = run(capsys, config)
+    table = [cells(line) for line in lines if line.startswith("|") and "--" not in line]
+    head = ["Training", "No attack", "FGSM", "PGD", "Noise", "PGD margin", "Joint loss", "Worst"]
+    assert table[0] == head
+    for row, entry in zip(table[1:], report["checkpoints"], strict=True):
+        bits = [[c == "1" for c in attack["robust"]] for attack in entry["attacks"].values()]
+        worst = [all(column) for column in zip(*bits, strict=True)]
+        wanted = [f"{100 * sum(column) / LIMIT:.2f}" for column in (*bits, worst)]
+        assert [cell for cell in row[1:] if cell != "-"] == wanted
+        assert entry["worst"]["robust"] == "".join("01"[w] for w in worst)
+        classes = entry["worst"]["per_class"].values()
+        assert sum(classes) / 4 == pytest.approx(entry["worst"]["accuracy"])
+        assert 0 <= entry["worst"]["low"] <= entry["worst"]["accuracy"] <= entry["worst"]["high"] <= 100
+        assert entry["attacks"]["pgd"]["max_delta"] <= 8 / 255
+    assert table[1][-2] == "-"  # stage 1 has no joint loss
+    assert any("gradient exactly zero" in line for line in lines)
+    assert sum("  logit margin of the clean" in line for line in lines) == 2
+
+    by_key = {(row["sha256"], row["attack"]): row for row in rows(tmp_path / "r.csv")}
+    images = rows(tmp_path / "r.images.csv")
+    labels = data.load("folder", root, splits=("test",)).test.labels.tolist()
+    for entry, offset in zip(report["checkpoints"], (0, LIMIT), strict=True):
+        mine = images[offset : offset + LIMIT]
+        assert [int(row["label"]) for row in mine] == labels
+        for key, attack in entry["attacks"].items():
+            assert float(by_key[entry["sha256"], key]["accuracy"]) == attack["accuracy"]
+            right = [row["label"] == row[f"{key} predicts"] for row in mine]
+            assert "".join("01"[r] for r in right) == attack["robust"]
+        assert "".join(row["robust"] for row in mine) == entry["worst"]["robust"]
+    assert not (tmp_path / "r.json.partial").exists()
+
+
+def test_every_attack_by_its_name(root, tmp_path, capsys):
+    """All names of the command line but the reference implementation's run, on a network with prototypes."""
+    names = tuple(name for name in suite.ATTACKS if name != "autoattack")
+    config = config_of(
+        root, tmp_path / "r.json", ("pcl",), attacks=names, source_checkpoint=str(root / "softmax.pth.tar"),
+        random_start=True, restarts=2,
+    )  # fmt: skip
+    _, report = run(capsys, config)
+    entry = report["checkpoints"][0]
+    assert tuple(entry["attacks"]) == ("clean", *names)
+    for name, attack in entry["attacks"].items():
+        assert attack["images"] == LIMIT
+        assert attack["max_delta"] <= (0 if name == "clean" else 1 if name == "cw" else 8 / 255)
+        assert (attack["max_delta"] > 0) == (name != "clean")
+        assert name == "clean" or attack["settings"]
+    accuracy = {name: attack["accuracy"] for name, attack in entry["attacks"].items()}
+    assert accuracy["clean"] >= 75  # or nothing below would mean anything
+    assert min(accuracy.values()) < accuracy["clean"]
+    assert entry["worst"]["accuracy"] <= min(v for k, v in accuracy.items() if k != "cw")
+
+
+def test_two_runs_agree_in_every_byte_but_the_time(root, tmp_path, capsys):
+    attacks = ("pgd", "apgd-dlr", "square")
+    options = {"attacks": attacks, "random_start": True, "restarts": 2, "checkpoints": ("pcl",)}
+    texts = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines, report = run(capsys, config_of(root, tmp_path / name / "r.json", **options))
+        for attack in report["checkpoints"][0]["attacks"].values():
+            del attack["seconds"]
+        del report["settings"]["results"]
+        files = [(tmp_path / name / f"r{suffix}").read_text() for suffix in (".csv", ".images.csv")]
+        texts.append((lines, report, files))
+    assert texts[0] == texts[1]
+
+
+def test_no_epsilon_is_no_attack(root, tmp_path, capsys):
+    names = ("fgsm", "bim", "mim", "pgd", "pgd-margin", "apgd-ce", "square", "noise")
+    _, report = run(capsys, config_of(root, tmp_path / "r.json", ("pcl",), attacks=names, epsilon=0.0))
+    entry = report["checkpoints"][0]
+    assert len({attack["robust"] for attack in entry["attacks"].values()}) == 1
+    assert entry["worst"]["robust"] == entry["attacks"]["clean"]["robust"]
+
+
+def test_no_attack_at_all(root, tmp_path, capsys):
+    lines, report = run(capsys, config_of(root, tmp_path / "r.json", attacks=()))
+    assert cells(next(line for line in lines if line.startswith("| Training"))) == ["Training", "No attack"]
+    assert list(report["checkpoints"][0]["attacks"]) == ["clean"]
+
+
+def test_rows_of_one_name_are_told_apart(root, tmp_path, capsys):
+    save(tmp_path / "again.pth.tar", "pcl_training", 5, data.load("folder", root, splits=("test",)).test)
+    config = config_of(root, tmp_path / "r.json", attacks=("fgsm",))
+    config = dataclasses.replace(config, checkpoints=(*config.checkpoints, str(tmp_path / "again.pth.tar")))
+    lines, report = run(capsys, config)
+    labels = [cells(line)[0] for line in lines if line.startswith("|")][2:]
+    assert labels == ["Softmax", *(f"PCL ({c['sha256'][:8]})" for c in report["checkpoints"][1:])]
+
+
+# ---------------------------------------------------------------- more than the table
+
+
+def test_prediction_by_prototype(root, tmp_path, capsys):
+    """Every number is then about the nearest prototype, at the class means here."""
+    config = config_of(root, tmp_path / "r.json", ("pcl",), attacks=("pgd",), predict="prototype")
+    lines, report = run(capsys, config)
+    target = evaluation.load_target(root / "pcl.pth.tar", torch.device("cpu"), "abcd")
+    split = data.load("folder", root, splits=("test",)).test
+    outputs = target.judge(data.to_float(split.images))
+    nearest = target.prototypes.scores(outputs).argmax(1)
+    right = "".join("01"[int(n == y)] for n, y in zip(nearest, split.labels, strict=True))
+    assert report["checkpoints"][0]["attacks"]["clean"]["robust"] == right
+    assert any("nearest prototype" in line for line in lines)
+    with pytest.raises(utils.CheckpointError, match="no prototypes"):
+        robustness.main(config_of(root, tmp_path / "s.json", ("softmax",), predict="prototype"))
+
+
+def test_curves(root, tmp_path, capsys):
+    """The curves hold the table's numbers where they meet it, and the picture is drawn."""
+    config = config_of(
+        root, tmp_path / "r.json", ("pcl",), attacks=("pgd", "pgd-margin"), num_steps=10, step_counts=(10, 1),
+        epsilons=(8 / 255, 0.0),
+    )  # fmt: skip
+    _, report = run(capsys, config)
+    entry = report["checkpoints"][0]["attacks"]
+    found = {
+        (r["attack"], r["axis"], round(float(r["value"]), 6)): r for r in rows(tmp_path / "r.curves.csv")
+    }
+    assert len(found) == 8
+    for name in ("pgd", "pgd-margin"):
+        assert float(found[name, "epsilon", 0.0]["accuracy"]) == entry["clean"]["accuracy"]
+        assert float(found[name, "epsilon", round(8 / 255, 6)]["accuracy"]) == entry[name]["accuracy"]
+        assert float(found[name, "steps", 10.0]["accuracy"]) == entry[name]["accuracy"]
+    with Image.open(tmp_path / "r.curves.png") as picture:
+        assert picture.width > picture.height > 300
+    assert len(report["curves"]) == 8
+
+
+def test_without_matplotlib_only_the_picture_is_missing(root, tmp_path, capsys, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else there(name, *a)
+    )
+    config = config_of(root, tmp_path / "r.json", ("pcl",), attacks=(), epsilons=(0.0,))
+    lines, _ = run(capsys, config)
+    assert any("pip install matplotlib" in line for line in lines)
+    assert rows(tmp_path / "r.curves.csv")
+    assert not (tmp_path / "r.curves.png").exists()
+
+
+def test_kept_images_are_what_was_judged(root, tmp_path, capsys):
+    """The images on disk, given to the network again, give the table's predictions."""
+    folder = tmp_path / "bilder für alle"
+    config = config_of(
+        root, tmp_path / "r.json", ("pcl",), attacks=("fgsm", "cw"), save_images=str(folder),
+        epsilons=(0.0,), sanity=True, sanity_images=4,
+    )  # fmt: skip
+    _, report = run(capsys, config)
+    target = evaluation.load_target(root / "pcl.pth.tar", torch.device("cpu"), "abcd")
+    (mine,) = folder.iterdir()
+    assert sorted(path.name for path in mine.iterdir()) == ["cw", "cw.png", "fgsm", "fgsm.png"]
+    blocks = [torch.load(path, weights_only=True) for path in sorted((mine / "fgsm").iterdir())]
+    assert [block["index"] for block in blocks] == [0, 7]
+    attacked = torch.cat([block["adversarial"] for block in blocks])
+    clean = torch.cat([block["images"] for block in blocks])
+    split = data.load("folder", root, splits=("test",)).test
+    assert torch.equal(clean, data.to_float(split.images))
+    assert (attacked - clean).abs().max() <= 8 / 255
+    right = (target.logits(attacked).argmax(1) == split.labels).tolist()
+    assert "".join("01"[r] for r in right) == report["checkpoints"][0]["attacks"]["fgsm"]["robust"]
+    picture = np.asarray(Image.open(mine / "fgsm.png"))
+    assert picture.shape == (3 * SIZE * 4, 7 * SIZE * 4, 3)
+    assert (picture[: SIZE * 4 : 4, : SIZE * 4 : 4] == split.images[0].permute(1, 2, 0).numpy()).all()
+
+
+def test_sanity_is_printed_and_kept(root, tmp_path, capsys):
+    config = config_of(root, tmp_path / "r.json", ("pcl",), attacks=(), sanity=True, sanity_images=4)
+    lines, report = run(capsys, config)
+    (kept,) = report["sanity"].values()
+    assert len(kept) == 12
+    for finding in kept:
+        assert any(line.startswith(f"{finding['status']:4}  {finding['name']}: ") for line in lines)
+    assert list(report["checkpoints"][0]["attacks"]) == ["clean"]
+
+
+def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
+    config = config_of(root, tmp_path / "r.json", ("pcl",), attacks=("fgsm", "pgd"), model_card=True)
+    _, report = run(capsys, config)
+    (path,) = tmp_path.glob("r.*.card.json")
+    card = json.loads(path.read_text())
+    wanted = {
+        "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
+        "architecture", "eps", "clean_acc", "reported", "autoattack_acc",
+    }  # fmt: skip
+    assert wanted <= card.keys()
+    entry = report["checkpoints"][0]["attacks"]
+    assert float(card["clean_acc"]) == pytest.approx(entry["clean"]["accuracy"], abs=0.005)
+    lowest = min(entry[name]["accuracy"] for name in ("clean", "fgsm", "pgd"))
+    assert float(card["reported"]) == pytest.approx(lowest, abs=0.005)
+    assert card["autoattack_acc"] is None
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attacks": ("transfer",)}, "needs --source-checkpoint"),
+        ({"restarts": 3}, "add --random-start"),
+        ({"apgd_steps": 0}, "--apgd-steps 0: apgd_steps is a whole number from 1 up"),
+        ({"num_queries": -1}, "num_queries is"),
+        ({"cw_lr": 0.0}, "cw_lr is a number above 0"),
+        ({"sanity_images": 0}, "sanity_images is"),
+        ({"epsilons": (0.0, 2.0)}, r"--epsilons 0.0 2.0: epsilons lie in \[0, 1\]"),
+        ({"step_counts": (1, 0)}, "--step-counts 1 0"),
+    ],
+)
+def test_senseless_options_are_refused_before_any_work(changes, words, tmp_path):
+    config = dataclasses.replace(config_of("nowhere", tmp_path / "new" / "r.json"), **changes)
+    with pytest.raises(utils.UsageError, match=words):
+        robustness.main(config)
+    assert not (tmp_path / "new").exists()
+
+
+def test_two_classes_have_no_dlr():
+    with pytest.raises(utils.UsageError, match="needs 3 classes or more, the data have 2"):
+        suite.table(robustness.Config(attacks=("pgd", "apgd-dlr")), 2)
+
+
+def test_unwritable_places_are_found_before_the_attacks(root, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for changes in ({"results": str(tmp_path / "file" / "r.json")}, {"save_images": str(tmp_path / "file")}):
+        config = dataclasses.replace(config_of("nowhere", tmp_path / "r.json"), **changes)
+        with pytest.raises(utils.FileSystemError, match="cannot write there"):
+            robustness.main(config)
+
+
+def test_other_checkpoint_is_refused_on_resume(root, tmp_path, capsys):
+    """What is kept of one evaluation is not taken for another: the fingerprint holds the files' hashes."""
+    config = config_of(root, tmp_path / "r.json", ("pcl",), attacks=("fgsm",))
+    dataset = data.load("folder", root, splits=("test",))
+    target = evaluation.load_target(root / "pcl.pth.tar", torch.device("cpu"), "abcd")
+    evaluation.Progress(config.results, evaluation.fingerprint(config, dataset, [target])).save()
+    robustness.main(dataclasses.replace(config, resume=True))
+    evaluation.Progress(config.results, evaluation.fingerprint(config, dataset, [target])).save()
+    for changes in ({"checkpoints": (str(root / "softmax.pth.tar"),)}, {"epsilon": 0.1}, {"seed": 1}):
+        with pytest.raises(utils.CheckpointError, match=f"begun with another {next(iter(changes))}"):
+            robustness.main(dataclasses.replace(config, resume=True, **changes))
