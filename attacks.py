@@ -570,7 +570,9 @@ def _judge(model_fn: ModelFn, images: Tensor, labels: Tensor, loss: Loss) -> Ver
 
 
 def _misclassified(outputs: Any, labels: Tensor) -> Tensor:
-    return _scores(outputs).detach().argmax(1) != labels
+    scores = _scores(outputs).detach()
+    # argmax may point anywhere in scores that are no numbers, which is no right answer.
+    return (scores.argmax(1) != labels) | scores.isnan().any(1)
 
 
 def _per_image(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:

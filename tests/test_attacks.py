@@ -128,6 +128,21 @@ def test_bim_divides_epsilon_among_its_steps():
     torch.testing.assert_close(short, images + 0.03)
 
 
+def test_mim_coasts_across_a_plateau():
+    """The gradient vanishes on the way: what momentum has gathered goes on, and 0 / 0 does not stop it."""
+    images, labels = torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.long)
+
+    def model_fn(x):
+        height = x.clamp(max=0.525).sum((1, 2, 3))
+        return torch.stack([-height, height], 1)
+
+    watch = attacks.ZeroGradients()
+    result = attacks.mim(model_fn, images, labels, 0.1, trace=watch)
+    torch.testing.assert_close(result, images + 0.1)
+    assert watch.ever.all() and not watch.always.any()
+    assert attacks.bim(model_fn, images, labels, 0.1).max() < 0.54
+
+
 # ---- the losses
 
 
@@ -470,6 +485,23 @@ def test_a_model_that_overflows_gives_finite_images():
         for name in ALL:
             result = run(name, lambda x, scale=scale: net(x) * scale, images, labels, 0.1)
             assert result.isfinite().all() and result.min() >= 0 and result.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
+def test_scores_that_are_no_numbers_are_misclassified(name):
+    """Scores are NaN where a pixel is low: an attack must count that a success, as evaluation does."""
+    images, labels = torch.full((6, 1, 2, 2), 0.5), torch.zeros(6, dtype=torch.long)
+
+    def model_fn(x):
+        low = x.amin((1, 2, 3)) < 0.45
+        scores = torch.stack([x.mean((1, 2, 3)) + 1, x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+        return torch.where(low[:, None], torch.nan, scores)
+
+    options = (
+        {"random_start": True, "restarts": 6, "num_steps": 1, "step_size": 1e-6} if name == "pgd" else {}
+    )
+    result = run(name, model_fn, images, labels, 0.1, **options)
+    assert model_fn(result).isnan().all() and result.isfinite().all()
 
 
 # ---- restarts of PGD
