@@ -166,11 +166,15 @@ def test_a_random_start_stays_in_the_ball(subject):
 # ---- data
 
 
-def test_the_loader_gives_the_images_that_ours_gives(subject):
-    batches = list(plain.loader(subject.test, 3, augment=False, workers=0))
-    assert [len(labels) for _, labels in batches] == [3, 1]
-    assert torch.equal(torch.cat([images for images, _ in batches]), data.to_float(subject.test.images))
-    assert torch.equal(torch.cat([labels for _, labels in batches]), subject.test.labels)
+def test_the_loader_gives_the_images_that_ours_gives_with_and_without_workers(subject):
+    for workers in (0, 1):
+        loader = plain.loader(subject.test, 3, augment=False, workers=workers)
+        for _ in range(2):
+            batches = list(loader)
+            assert [len(labels) for _, labels in batches] == [3, 1]
+            images, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+            assert torch.equal(images, data.to_float(subject.test.images))
+            assert torch.equal(labels, subject.test.labels)
 
 
 def test_the_loader_augments_as_ours_does(subject):
@@ -213,7 +217,7 @@ def test_the_time_of_an_epoch_is_that_of_the_epoch():
 
 def test_every_row_is_measured_on_both_sides_and_written(tmp_path, capsys):
     path = tmp_path / "a b" / "speed.json"
-    sizes = {"images": 4, "attack_images": 2, "batch_size": 2, "num_steps": 1, "workers": 1}
+    sizes = {"images": 4, "attack_images": 2, "batch_size": 2, "num_steps": 1}
     throughput.main(dataclasses.replace(TINY, device="cpu", results=str(path), **sizes))
     report, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
