@@ -16,7 +16,8 @@ $(VENV)/installed: requirements.txt
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+# torchattacks pins an ancient `requests` that it needs for nothing here
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-extras.txt
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --no-deps "torchattacks>=3.5"
 	touch $@
