@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import hashlib
 import inspect
 import io
@@ -473,7 +474,7 @@ def prepare_output(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{path.name}.*.tmp"):
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
             stale.unlink()
         probe = path.parent / f"{path.name}.{os.getpid()}.tmp"
         probe.write_bytes(b"probe")

@@ -1,0 +1,214 @@
+"""Writing: a full disk, a place that cannot be written, a file that is there already (items 16 to 20)."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pcl_training
+import robustness
+import softmax_training
+import utils
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import soak
+
+TINY = {"limit": 12, "batch_size": 6, "epochs": 1}
+
+
+def train(path, *flags, **more):
+    options = soak.tiny(path, **{**TINY, **more})
+    softmax_training.main(utils.parse_config(softmax_training.Config, [*options, *flags]))
+
+
+@contextlib.contextmanager
+def full_disk(folder):
+    """Within it a file system of 1 MB is mounted at `folder`; skips where that is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs mount")
+    if done.returncode:
+        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """Within it no file can grow beyond `size` bytes: what a quota does, and needs no rights."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# ---------------------------------------------------------------- items 16, 18, 20: before any work
+
+
+def test_item_16_a_missing_folder_is_made(tmp_path):
+    path = tmp_path / "a" / "b ü" / "run.pth.tar"
+    train(path)
+    assert path.exists()
+
+
+UNWRITABLE = ["/proc/run.pth.tar", "/dev/null/run.pth.tar", "/sys/run.pth.tar"]
+
+
+@pytest.mark.parametrize("path", UNWRITABLE)
+@pytest.mark.parametrize("which", ["save_to", "log_to"])
+def test_item_16_a_place_that_cannot_be_written_is_found_before_the_first_epoch(
+    path, which, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(softmax_training.training.Run, "train_epoch", lambda *_: pytest.fail("it trained"))
+    places = {"save_to": tmp_path / "run.pth.tar"} | {which: path}
+    with pytest.raises(utils.FileSystemError, match="cannot write there") as caught:
+        train(places.pop("save_to"), **places)
+    assert path in str(caught.value) and caught.value.exit_status == 6
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_item_16_a_folder_without_the_right_to_write(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(utils.FileSystemError, match="Permission denied"):
+        train(tmp_path / "run.pth.tar")
+
+
+def test_item_16_a_directory_under_the_name(tmp_path):
+    with pytest.raises(utils.FileSystemError, match="is a directory"):
+        train(tmp_path)
+
+
+def test_item_18_stale_temporary_files_are_cleared_and_others_are_not(tmp_path):
+    path = tmp_path / "run [1].pth.tar"
+    stale = [tmp_path / "run [1].pth.tar.123.tmp", tmp_path / "run [1].pth.tar.previous.tmp"]
+    other = [tmp_path / "run 1.pth.tar.5.tmp", tmp_path / "other.tmp"]
+    for file in stale + other:
+        file.write_bytes(b"half")
+    train(path)
+    assert not any(file.exists() for file in stale) and all(file.exists() for file in other)
+
+
+@pytest.mark.parametrize("path", ["/proc/results.json", "/dev/null/results.json"])
+def test_item_20_an_unwritable_results_path_is_found_before_the_attacks(path, tmp_path):
+    train(tmp_path / "run.pth.tar")
+    options = ["--checkpoints", str(tmp_path / "run.pth.tar"), "--dataset", "synthetic", "--results", path]
+    with pytest.raises(utils.FileSystemError, match="cannot write there"):
+        robustness.main(utils.parse_config(robustness.Config, [*options, "--limit", "4"]))
+
+
+# ---------------------------------------------------------------- item 17: a full disk
+
+
+def test_item_17_a_full_disk_leaves_the_old_file_and_stops_the_training(tmp_path):
+    """A checkpoint is 1.3 MB, the disk 1 MB with a small good file on it."""
+    with full_disk(tmp_path / "disk") as disk:
+        path = disk / "run.pth.tar"
+        path.write_bytes(b"the old file" * 1000)
+        with pytest.raises(utils.FileSystemError, match="No space left") as caught:
+            train(path, "--overwrite", epochs=3)
+        assert str(path) in str(caught.value) and caught.value.exit_status == 6
+        assert path.read_bytes() == b"the old file" * 1000
+        assert sorted(file.name for file in disk.iterdir()) == ["run.log", "run.pth.tar"]
+
+
+def test_item_17_a_quota_does_what_a_full_disk_does(tmp_path):
+    path = tmp_path / "run.pth.tar"
+    train(path)
+    before = path.read_bytes()
+    with small_files(500_000), pytest.raises(utils.FileSystemError, match="File too large"):
+        train(path, "--resume", epochs=2)
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"run.pth.tar", "run.log", "run.csv"}
+    train(path, "--resume", epochs=2)  # with space again it goes on
+    assert utils.load_checkpoint(path)["epoch"] == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096])
+def test_item_17_texts_are_written_whole_or_not_at_all(tmp_path, size):
+    path = tmp_path / "results.json"
+    utils.write_text(path, "old")
+    with small_files(size), pytest.raises(utils.FileSystemError):
+        utils.write_text(path, "new" * 2000)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_item_17_a_log_that_cannot_grow_stops_the_training(tmp_path):
+    with small_files(0), pytest.raises(utils.FileSystemError, match="File too large"):
+        utils.say("a line", tmp_path / "run.log")
+
+
+def test_an_error_inside_leaves_no_temporary_file(tmp_path):
+    with pytest.raises(ZeroDivisionError), utils.replacing(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- item 19: what is there already
+
+
+@pytest.mark.parametrize("content", [b"", b"a foreign file"])
+def test_item_19_a_file_at_save_to_is_not_written_over(tmp_path, content):
+    path = tmp_path / "run.pth.tar"
+    path.write_bytes(content)
+    with pytest.raises(utils.FileSystemError, match="--resume goes on with it, --overwrite starts anew"):
+        train(path)
+    assert path.read_bytes() == content
+    with pytest.raises(utils.CheckpointError):
+        train(path, "--resume")
+    assert path.read_bytes() == content
+
+
+def test_item_19_a_finished_run_is_not_written_over(tmp_path):
+    path = tmp_path / "run.pth.tar"
+    train(path)
+    before = [file.read_bytes() for file in sorted(tmp_path.iterdir())]
+    with pytest.raises(utils.FileSystemError, match="exists"):
+        train(path)
+    assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
+    train(path, "--overwrite", seed=1)
+    assert utils.load_checkpoint(path)["config"]["seed"] == 1
+
+
+def test_a_file_that_is_no_log_is_not_replaced_by_one(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("years of work")
+    with pytest.raises(utils.FileSystemError, match="is no log"):
+        train(tmp_path / "run.pth.tar", log_to=notes)
+    assert notes.read_text() == "years of work"
+
+
+def test_stage_1_survives_a_stage_2_that_fails(tmp_path):
+    first, second = tmp_path / "softmax.pth.tar", tmp_path / "pcl.pth.tar"
+    train(first)
+    before = first.read_bytes()
+    options = soak.tiny(second, **TINY, init_from=first)
+    with small_files(500_000), pytest.raises(utils.FileSystemError):
+        pcl_training.main(utils.parse_config(pcl_training.Config, options))
+    assert first.read_bytes() == before and not second.exists()
+
+
+def test_a_save_without_hard_links_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links on this file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "run.pth.tar"
+    for number in range(3):
+        utils.save_checkpoint({"number": torch.tensor(number)}, path)
+    assert utils.load_checkpoint(path)["number"] == 2
+    assert utils.load_checkpoint(utils.previous_of(path))["number"] == 1
