@@ -47,11 +47,16 @@ class Config:
 
 def start(script, options, cwd, output=os.devnull):
     """Start a script as a process of its own, its stdout and stderr appended to `output`."""
-    FORKS.set_forkserver_preload(["torch", *SCRIPTS, "robustness"])
+    prepare()
     options = [str(option) for option in options]
     process = FORKS.Process(target=_become, args=(script, options, str(cwd), str(output)))
     process.start()
     return process
+
+
+def prepare():
+    """Have the process that others are forked from import what they need."""
+    FORKS.set_forkserver_preload(["torch", *SCRIPTS, "robustness"])
 
 
 def _become(script, options, cwd, output):

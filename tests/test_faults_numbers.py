@@ -2,8 +2,6 @@
 
 import copy
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ import pcl_training
 import softmax_training
 import training
 import utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import soak
+from benchmarks import soak
 
 TINY = {"limit": 24, "batch_size": 4, "epochs": 2}
 

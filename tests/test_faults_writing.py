@@ -5,8 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ import pcl_training
 import robustness
 import softmax_training
 import utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import soak
+from benchmarks import soak
 
 TINY = {"limit": 12, "batch_size": 6, "epochs": 1}
 

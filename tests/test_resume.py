@@ -2,9 +2,7 @@
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ import pcl_training_adversarial_pgd
 import softmax_training
 import training
 import utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import soak
+from benchmarks import soak
 
 SCRIPTS = {
     module.__name__: module

@@ -1,0 +1,376 @@
+"""Options and environment: what is typed, edited into a script, or amiss around it (items 38 to 48)."""
+
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import attacks
+import data
+import pcl_training
+import pcl_training_adversarial_fgsm
+import pcl_training_adversarial_pgd
+import robustness
+import softmax_training
+import utils
+from benchmarks import soak
+from utils import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MANY = int(os.environ.get("FUZZ", "200"))  # inputs to each fuzz test; FUZZ=10000 for the long form
+fuzz = settings(
+    max_examples=MANY,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+TRAINING = (softmax_training, pcl_training, pcl_training_adversarial_fgsm, pcl_training_adversarial_pgd)
+PGD = pcl_training_adversarial_pgd.Config
+
+
+def refusal(config_class, *argv):
+    with pytest.raises(UsageError) as caught:
+        utils.parse_config(config_class, argv)
+    text = str(caught.value)
+    assert caught.value.exit_status == 2 and "\n" not in text
+    return text
+
+
+# ---------------------------------------------------------------- items 38 to 40: values
+
+
+@pytest.mark.parametrize(
+    "text", ["8", "-1", "nan", "inf", "8/0", "abc", "0,031", "1/2/3", "", "/", "0x1", "-1/255"]
+)
+def test_item_38_an_epsilon_that_is_none(text):
+    said = refusal(robustness.Config, f"--epsilon={text}")
+    assert "--epsilon" in said and "lies in [0, 1]; 8/255?" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("0.0313725", 0.0313725), ("0", 0), ("1", 1)]
+)
+def test_item_38_an_epsilon_that_is_one(text, value):
+    assert utils.parse_config(robustness.Config, ["--epsilon", text]).epsilon == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "valid", "near"),
+    [
+        (["--dataset", "cifar01"], data.DATASETS, "cifar10"),
+        (["--layers", "layer3", "layer5"], ("layer2", "layer3", "fc"), "layer"),
+        (["--precision", "bf16"], ("auto", "bfloat16", "float32"), "bfloat16"),
+        (["--numsteps", "3"], ("--num-steps", "--lr"), "--num-steps"),
+        (["--lr_prox=3"], ("--lr-prox",), "--lr-prox"),
+    ],
+)
+def test_item_39_an_unknown_name_is_answered_with_the_valid_ones_and_the_nearest(argv, valid, near):
+    said = refusal(PGD, *argv)
+    assert all(name in said for name in valid) and "did you mean" in said
+    assert near in said.split("did you mean")[1]
+
+
+def test_item_39_an_unknown_attack():
+    with pytest.raises(UsageError, match="did you mean fgsm"):
+        utils.parse_config(robustness.Config, ["--attacks", "fgms"], {"attacks": tuple(attacks.ATTACKS)})
+
+
+BAD = [
+    *(("num_steps", value) for value in (0, -3, 1.5, True, "3", 2**63)),
+    *(("step_size", value) for value in (0.0, -0.1, 1.5, float("nan"), None)),
+    *(
+        (name, value)
+        for name in ("lr", "lr_prox", "lr_conprox")
+        for value in (0.0, -1.0, float("inf"), "0.1")
+    ),
+    *(("batch_size", value) for value in (0, -1, 2.0, 2**70)),
+    *(("epochs", value) for value in (0, -1, None)),
+    *(("milestones", value) for value in ((3, 2), (0, 1), (2, 2), (-1,), [1, 2], ("a",), (1.5,))),
+    *(("weight_decay", value) for value in (-1e-4, float("nan"))),
+    *(("momentum", value) for value in (-0.1, 1.0, 2)),
+    *(("seed", value) for value in (-1, 2**63, 0.5)),
+    *(("depth", value) for value in (0, 2, 9, 110.0, -4)),
+    *(("limit", value) for value in (0, -5, 1.0)),
+    *(("layers", value) for value in ((), ("fc", "fc"), ("layer1",), "fc")),
+    *(("save_to", value) for value in ("", "a\0b", None, 3)),
+    *(("max_minutes", value) for value in (0, -1.0, float("nan"))),
+    *(("epsilon_min", value) for value in (-0.1, 1.5, 0.06)),
+    *(("log_to", value) for value in ("metrics.csv", "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar")),
+    *(("resume", value) for value in (1, "yes", None)),
+    *(("aux_dim", value) for value in (-1, 1.0)),
+    *(("eval_every", value) for value in (0, -1)),
+    *(("gamma", value) for value in (0, float("nan"))),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda part: str(part)[:20].replace("\0", "0"))
+def test_item_40_the_same_is_refused_in_an_edited_config(name, value):
+    config = dataclasses.replace(PGD(), **{name: value})
+    with pytest.raises(UsageError) as caught:
+        utils.validate(config)
+    said = str(caught.value)
+    assert f"--{name.replace('_', '-')}" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (n, v)
+        for n, v in BAD
+        if isinstance(v, int | float | tuple) and not isinstance(v, bool) and n != "save_to"
+    ],
+    ids=lambda part: str(part)[:20],
+)
+def test_item_40_and_on_the_command_line(name, value):
+    option = f"--{name.replace('_', '-')}"
+    argv = [option, *map(str, value)] if isinstance(value, tuple) else [f"{option}={value}"]
+    assert option in refusal(PGD, *argv)
+
+
+@pytest.mark.parametrize("decay", ["-1", "nan"])
+def test_item_40_decay_and_restarts(decay):
+    assert "decay" in refusal(robustness.Config, f"--decay={decay}")
+    assert "restarts" in refusal(robustness.Config, "--restarts=0")
+
+
+@pytest.mark.parametrize("module", [*TRAINING, robustness], ids=lambda module: module.__name__)
+def test_the_defaults_of_every_script_are_valid_and_its_help_names_every_option(module, capsys):
+    config = utils.parse_config(module.Config, [])
+    assert config == module.Config()
+    with pytest.raises(SystemExit) as ended:
+        utils.parse_config(module.Config, ["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(config))
+
+
+# ---------------------------------------------------------------- fuzz
+
+NAMES = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(PGD)]
+values = st.one_of(
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.tuples(st.integers(), st.integers()).map(lambda pair: f"{pair[0]}/{pair[1]}"),
+    st.sampled_from(
+        ["none", "None", "nan", "-inf", "1e999", "9" * 5000, "１２", "1_000", "fc", "layer3", "auto", "@x"]
+    ),
+)
+words = st.one_of(
+    st.sampled_from([*NAMES, "--no-resume", "--", "-", "--debug", "-x", "--epsilon"]),
+    st.tuples(st.sampled_from(NAMES), values).map("=".join),
+    values,
+)
+
+
+@fuzz
+@given(argv=st.lists(words, max_size=6))
+def test_any_command_line_is_valid_or_answered_with_one_line(argv):
+    try:
+        config = utils.parse_config(PGD, argv)
+    except UsageError as error:
+        status, text = utils.describe_error(error)
+        assert status == 2 and "\n" not in text
+    else:
+        utils.validate(config)
+        assert dataclasses.fields(config) and 0 <= config.epsilon_min <= config.epsilon_max <= 1
+
+
+anything = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.binary(max_size=3),
+    st.lists(st.integers(), max_size=3), st.lists(st.integers() | st.text(max_size=3), max_size=3).map(tuple),
+    st.just({}), st.just(torch.zeros(2)),
+)  # fmt: skip
+
+
+@fuzz
+@given(name=st.sampled_from([field.name for field in dataclasses.fields(PGD)]), value=anything)
+def test_any_edit_of_a_config_is_valid_or_answered_with_one_line(name, value):
+    try:
+        utils.validate(dataclasses.replace(PGD(), **{name: value}))
+    except UsageError as error:
+        assert name in str(error).replace("-", "_")
+        assert "\n" not in utils.describe_error(error)[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A data set of four images, and the bytes of one of them."""
+    root = tmp_path_factory.mktemp("fuzzed images")
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (1, 2, 3)).save(root / split / name / "1.png")
+    return root, (root / "train" / "a" / "1.png").read_bytes()
+
+
+@fuzz
+@given(content=st.data())
+def test_any_file_among_the_images_is_read_or_named(folders, content):
+    root, whole = folders
+    suffix = content.draw(st.sampled_from([".png", ".jpg", ".ppm", ".bmp", ".tiff", ".webp"]))
+    file = root / "train" / "a" / f"0{suffix}"
+    changed = bytearray(whole)
+    place = content.draw(st.integers(0, len(whole)))
+    match content.draw(st.sampled_from(["noise", "replace", "cut", "insert"])):
+        case "noise":
+            changed = content.draw(st.sampled_from([b"", b"P6 8 8 255\n", b"BM", b"II*\0"])) + content.draw(
+                st.binary()
+            )
+        case "replace":
+            changed[place : place + 2] = content.draw(st.binary(min_size=1, max_size=4))
+        case "cut":
+            del changed[place:]
+        case "insert":
+            changed[place:place] = content.draw(st.binary(min_size=1, max_size=16))
+    file.write_bytes(changed)
+    try:
+        loaded = data.load("folder", root)
+    except data.DataError as error:
+        assert str(file) in str(error) and "\n" not in str(error) and error.exit_status == 3
+    else:
+        assert loaded.train.images.shape == (3, 3, 8, 8) and loaded.train.images.dtype == torch.uint8
+    finally:
+        file.unlink()
+
+
+# ---------------------------------------------------------------- items 41 and 42: the device
+
+
+def test_item_41_cuda_asked_for_and_not_there(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    for name in ("cuda", "cuda:7", "mps", "tpu", "", "cpu:x"):
+        with pytest.raises(UsageError, match="there is cpu"):
+            utils.select_device(name)
+
+
+def test_item_41_auto_says_what_it_chose(capsys):
+    device = utils.select_device("auto")
+    assert f"device: {device}" in capsys.readouterr().out
+
+
+def test_item_42_out_of_memory_names_the_batch_size_and_a_smaller_one(tmp_path):
+    """A process that may have 200 MB more than it has asks for a batch that needs gigabytes."""
+    log, path = tmp_path / "output.txt", tmp_path / "run.pth.tar"
+    given = soak.tiny(path, limit=2000, batch_size=2000, depth=44)
+    process = soak.FORKS.Process(target=limited, args=("softmax_training", given, str(tmp_path), str(log)))
+    soak.prepare()
+    process.start()
+    assert soak.finish(process) == 2, log.read_text()
+    assert (
+        log.read_text()
+        .splitlines()[-1]
+        .endswith("out of memory on the device with --batch-size 2000; try --batch-size 1000")
+    )
+
+
+def limited(*arguments):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 200_000_000,) * 2)
+    soak._become(*arguments)
+
+
+# ---------------------------------------------------------------- items 44, 45, 48: around the process
+
+
+def shell(command, cwd, **environment):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        "ROOT": str(ROOT),
+        **environment,
+    }
+    return subprocess.run(["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, timeout=240)
+
+
+SMALL = "--dataset synthetic --limit 12 --depth 8 --epochs 2 --batch-size 6 --device cpu"
+
+
+def test_items_44_and_48_a_plain_locale_a_closed_stdout_and_strange_places(tmp_path):
+    """Another working directory, spaces, letters beyond ASCII, LC_ALL=C, and nobody who reads stdout."""
+    place = tmp_path / "où är ő\udcff"
+    place.mkdir()
+    command = f'"$PYTHON" "$ROOT/softmax_training.py" {SMALL} --save-to "$PWD/ein Modell ß.pth.tar" >&-'
+    done = shell(command, place, LC_ALL="C", PYTHONUTF8="0")
+    assert done.returncode == 0 and done.stderr == b""
+    state = utils.load_checkpoint(place / "ein Modell ß.pth.tar")
+    assert (
+        state["finished"] and (place / "ein Modell ß.log").exists() and (place / "ein Modell ß.csv").exists()
+    )
+
+
+@pytest.mark.parametrize("sink", ["| head -n 1", "> /dev/full", "2>&-"])
+def test_item_44_output_that_leads_nowhere_stops_nothing(sink, tmp_path):
+    command = f'set -o pipefail; "$PYTHON" "$ROOT/softmax_training.py" {SMALL} --save-to run.pth.tar {sink}'
+    done = shell(command, tmp_path)
+    assert done.returncode == 0 and done.stderr == b""
+    assert utils.load_checkpoint(tmp_path / "run.pth.tar")["finished"]
+    assert len((tmp_path / "run.csv").read_text().splitlines()) == 3
+
+
+def test_item_45_a_torch_below_the_floor_is_one_line(monkeypatch):
+    for version in ("2.9.1+cu126", "1.13.0", "2.9"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(UsageError, match=r"too old: pip install 'torch>=2\.10'"):
+            utils.check_versions()
+    for version in ("2.10.0", "2.11.0a0+git1234", "3.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        utils.check_versions()
+
+
+def test_the_floor_is_that_of_requirements_txt():
+    floor = ".".join(map(str, utils.TORCH_FLOOR))
+    assert f"torch>={floor}\n" in (ROOT / "requirements.txt").read_text()
+
+
+# ---------------------------------------------------------------- statuses
+
+
+def leave(monkeypatch, capsys, error, *flags):
+    """The exit status and stderr of a script whose main raises `error`."""
+
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/softmax_training.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(main, softmax_training.Config)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("a\ndefect"), 1),
+        (UsageError("x"), 2),
+        (data.DataError("x"), 3),
+        (utils.CheckpointError("x"), 4),
+        (softmax_training.training.DivergenceError("x"), 5),
+        (utils.FileSystemError("x"), 6),
+        (OSError(28, "No space left on device", "file"), 6),
+        (KeyboardInterrupt(), 130),
+        (utils.Interrupted(2, "x"), 130),
+        (utils.Interrupted(15, "x"), 143),
+        (MemoryError(), 2),
+    ],
+)
+def test_every_kind_of_error_has_its_status_and_one_line(monkeypatch, capsys, error, status):
+    code, said = leave(monkeypatch, capsys, error)
+    assert code == status and said.count("\n") == 1 and said.startswith("softmax_training.py: ")
+    code, said = leave(monkeypatch, capsys, error, "--debug")
+    assert code == status and (status == 130 or "Traceback" in said)
+
+
+def test_a_stop_on_purpose_is_a_success(monkeypatch, capsys):
+    assert leave(monkeypatch, capsys, utils.Interrupted(None, "stopped")) == (0, "")
