@@ -379,7 +379,7 @@ def fingerprint(config, dataset, targets, source=None):
 
 
 def measure_all(config, targets, split, trials, progress):
-    """Try every trial on every target into `progress`, which is saved now and then.
+    """Try every trial on every target into `progress`, which is saved now and then, and in the end.
 
     Raises Interrupted on SIGINT or SIGTERM, with what is done saved.
     """
@@ -389,6 +389,7 @@ def measure_all(config, targets, split, trials, progress):
                 if trial.applies_to(target):
                     outcome = progress.of(target, trial)
                     _measure_one(config, target, split, trial, outcome, progress, stop)
+    progress.save()  # a report that cannot be written must not cost the measurements
 
 
 def _measure_one(config, target, split, trial, outcome, progress, stop):

@@ -17,6 +17,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 # Where float32 ends: past the first the cross-entropy's gradient with respect to the true logit is exactly 0,
 # past the second all of it is.
 SATURATES, VANISHES = 17.0, 104.0
+SATURABLE = {"fgsm", "bim", "mim", "pgd", "apgd-ce"}  # attacks that follow cross-entropy
 MANY = 25.0  # percent of the images past the first that call for a warning
 
 
@@ -137,7 +138,7 @@ def _about(label, target, trials, progress):
         f"  logit margin of the clean images, quantiles {' '.join(f'{q:g}' for q in QUANTILES)}: {shown}; "
         f"above {SATURATES:g}: {found['above_17']:.2f} %, above {VANISHES:g}: {found['above_104']:.2f} %"
     )
-    yield from _warnings(found, seen)
+    yield from _warnings(found, attacked)
 
 
 def zero_shares(outcome, among):
@@ -151,15 +152,25 @@ def frozen(outcome):
     return outcome.zero_always & outcome.correct
 
 
-def _warnings(found, seen):
+def _warnings(found, attacked):
     """What a reader of the table must be told before believing it."""
-    masked = [f"{t.title} {percent(frozen(o)):.2f} %" for t, o in seen if frozen(o).any()]
+    masked = [f"{t.title} {percent(frozen(o)):.2f} %" for t, o in attacked if frozen(o).any()]
     if masked:
         yield (
             "  WARNING, masked gradients: counted as robust for want of any gradient: "
             f"{', '.join(masked)}; believe Worst, with pgd-margin, apgd-dlr and square among the --attacks"
         )
-    elif found["above_17"] > MANY:
+    lowest = {
+        kind: min(((o.accuracy, t.title) for t, o in attacked if t.bounded and (t.key in SATURABLE) == kind))
+        for kind in {t.key in SATURABLE for t, _ in attacked if t.bounded}
+    }
+    if len(lowest) == 2 and lowest[True][0] > lowest[False][0] + 1:
+        (plain, name), (other, better) = lowest[True], lowest[False]
+        yield (
+            f"  WARNING, the losses differ: {name} on cross-entropy leaves {plain:.2f}, {better} {other:.2f}. "
+            "Cross-entropy no longer guides an attack where the network is sure of itself: believe the lower"
+        )
+    elif not masked and found["above_17"] > MANY:
         yield (
             f"  WARNING, saturated logits: {found['above_17']:.2f} % of margins pass {SATURATES:g}, where "
             "cross-entropy's gradient fades in float32; compare with pgd-margin or apgd-dlr"
@@ -203,7 +214,16 @@ def to_json(config, dataset, targets, trials, progress, **more):
         **more,
         "versions": utils.versions(),
     }
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+    return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value):
+    """The same with null for what JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _entry(dataset, target, trials, progress):

@@ -1,5 +1,6 @@
 """What evaluation measures, held to plain arithmetic, and what a stop in the middle leaves."""
 
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 import data
 import evaluation
 import reports
+import robustness
 import suite
 import training
 import utils
@@ -360,3 +362,18 @@ def test_worst_is_the_intersection():
 def test_accuracy_of_each_class():
     mask, labels = torch.tensor([1, 0, 1, 1, 0]).bool(), torch.tensor([0, 0, 1, 1, 3])
     assert reports.per_class(mask, labels, CLASSES) == {"a": 50.0, "b": 100.0, "c": None, "d": 0.0}
+
+
+def test_json_has_no_word_for_infinity():
+    """Scores beyond float32 end up as null in JSON, not as a crash after hours of measuring."""
+
+    class Endless(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([torch.inf, 0.0, 0.0, 0.0]).expand(len(images), 4)
+
+    trials, progress = [suite.clean()], evaluation.Progress("none.json", {})
+    finish(target_of(Endless()), split_of(8), trials[0], progress.of(target_of(Endless()), trials[0]))
+    dataset, config = data.Dataset("shapes", CLASSES, None, split_of(8)), robustness.Config()
+    report = json.loads(reports.to_json(config, dataset, [target_of(Endless())], trials, progress))
+    assert report["checkpoints"][0]["margins"]["quantiles"]["0.99"] is None
+    assert report["checkpoints"][0]["attacks"]["clean"]["correct"] == 2

@@ -208,8 +208,9 @@ def test_checks_look_at_a_balanced_few():
 
 
 def measured(network):
-    target, trial = evaluation.Target("net", "0", network, network), suite.gradient_descent("pgd", settings())
-    trials, progress = [suite.clean(), trial], evaluation.Progress("nowhere.json", {})
+    target = evaluation.Target("net", "0", network, network)
+    trials = [suite.clean(), *(suite.make(name, settings()) for name in ("pgd", "pgd-margin"))]
+    progress = evaluation.Progress("nowhere.json", {})
     for each in trials:
         for _ in evaluation.measure(
             target, pictures(40, 4), each, progress.of(target, each), batch_size=40, seed=0
@@ -229,6 +230,7 @@ def test_every_table_says_what_masks_gradients(plain):
     assert "PGD 0.00 / 0.00 / 0.00" in notes["plain"]
     assert "WARNING" not in notes["plain"]
     assert "WARNING, masked gradients" in notes["masked"]
+    assert "WARNING, the losses differ: PGD on cross-entropy leaves" in notes["masked"]
     assert "above 104: " in notes["masked"]
 
 
