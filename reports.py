@@ -167,8 +167,9 @@ def _warnings(found, attacked):
     if len(lowest) == 2 and lowest[True][0] > lowest[False][0] + 1:
         (plain, name), (other, better) = lowest[True], lowest[False]
         yield (
-            f"  WARNING, the losses differ: {name} on cross-entropy leaves {plain:.2f}, {better} {other:.2f}. "
-            "Cross-entropy no longer guides an attack where the network is sure of itself: believe the lower"
+            f"  WARNING, the losses differ: {name} on cross-entropy leaves {plain:.2f}, "
+            f"{better} {other:.2f}: "
+            "cross-entropy guides no attack where the network is sure of itself; believe the lower number"
         )
     elif not masked and found["above_17"] > MANY:
         yield (
