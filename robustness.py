@@ -1,11 +1,17 @@
 """Accuracy under attack: one row a checkpoint, one column an attack, and what is left under all of them.
 
     python robustness.py
+    python robustness.py --attacks fgsm bim mim pgd pgd-margin apgd-dlr square autoattack --sanity
 
 With no option it measures every default checkpoint that exists with no attack and under FGSM, BIM, MIM and
 PGD at 8/255 with the settings of the released evaluation, then under PGD on the logit margin, which masked
 gradients do not stop. It prints the table in Markdown and writes it, with all that is needed to repeat it, to
 a JSON file and CSV files beside it. Depth and class count come from each checkpoint.
+
+Attacks: fgsm bim mim pgd, and apgd-ce, on cross-entropy; pgd-margin pgd-dlr apgd-dlr on losses that do not
+saturate; joint and prototype on what stage 2 trains; square by scores alone; transfer from another network;
+cw of least distance; noise; autoattack, the reference implementation. Where the two kinds of number differ,
+the lower is the one to believe, and --sanity says why.
 """
 
 from dataclasses import dataclass

@@ -349,9 +349,9 @@ def test_wilson_of_a_known_case():
     assert high == pytest.approx(3.6995, abs=1e-3)
 
 
-def test_worst_is_the_intersection():
+def test_worst_is_the_intersection(tmp_path):
     config, split, target = config_of(attacks=("fgsm", "noise", "pgd")), split_of(24), target_of(network(1))
-    trials, progress = suite.table(config, 4), evaluation.Progress("none.json", {})
+    trials, progress = suite.table(config, 4), evaluation.Progress(tmp_path / "r.json", {})
     evaluation.measure_all(config, [target], split, trials, progress)
     masks = [progress.of(target, trial).correct.tolist() for trial in trials]
     wanted = [all(values) for values in zip(*masks, strict=True)]
