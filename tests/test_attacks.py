@@ -487,6 +487,13 @@ def test_a_model_that_overflows_gives_finite_images():
             assert result.isfinite().all() and result.min() >= 0 and result.max() <= 1
 
 
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_that_are_no_numbers_count_as_zero(name):
+    net, watch = small_net(), attacks.ZeroGradients()
+    run(name, lambda x: net(x) * torch.nan, *batch(), 0.1, trace=watch)
+    assert watch.always.all()
+
+
 @pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
 def test_scores_that_are_no_numbers_are_misclassified(name):
     """Scores are NaN where a pixel is low: an attack must count that a success, as evaluation does."""
