@@ -61,7 +61,9 @@ def trials(config, num_classes, source=None):
     if source is not None:
         found["transfer"] = suite.make("transfer", config, source)
     return {
-        part: dataclasses.replace(trial, key=f"sanity {part}", limit=config.sanity_images)
+        part: dataclasses.replace(
+            trial, key=f"sanity {part}", title=f"sanity, {part}", limit=config.sanity_images
+        )
         for part, trial in found.items()
     }
 
