@@ -157,7 +157,7 @@ def versions():
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "numpy": str(numpy.__version__),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
