@@ -141,7 +141,7 @@ def interrupted_run(script, options, folder, seconds, chance, budget):
     while True:
         process = start(script, [*options, "--resume"], folder, log)
         if len(sent) < budget:
-            process.join(chance.uniform(0, seconds))
+            process.join(chance.uniform(0, 0.5 * seconds))
         if not process.is_alive() or len(sent) == budget:
             status = finish(process)
             if status == 0:
