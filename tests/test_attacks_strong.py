@@ -140,6 +140,41 @@ def test_apgd_beats_pgd_and_never_heals_an_image(net, images_labels, loss):
     assert share(fooled) >= share(weaker)
 
 
+def test_apgd_halves_its_steps_when_the_best_stays_the_best():
+    """Condition 2: no new best since the last look, nor a halving then, though most steps raised the loss."""
+    start, ball = torch.full((1, 1, 1, 1), 0.5), (torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    climb = [float(step) for step in range(23)]  # steps 0 to 22: a new best at each
+    slump = [-100.0 + step for step in range(78)]  # from then on: nearly all steps rise, none to a best
+    seen = []
+
+    def probe(step, points):
+        seen.append(points.item())
+        value = torch.tensor([(climb + slump)[step]], dtype=torch.float64)
+        return attacks.Verdict(points, torch.tensor([False]), value), torch.ones_like(points)
+
+    step_size = 2.0**-12
+    attacks._apgd_run(probe, start.double(), tuple(bound.double() for bound in ball), step_size, 100, 0.75)
+    best, sizes, now, previous = seen[22], {}, seen[0], seen[0]
+    for step in range(1, 101):
+        alpha = 0.75 if step > 1 else 1.0
+        sizes[step] = (seen[step] - now - (1 - alpha) * (now - previous)) / alpha / step_size
+        previous, now = now, seen[step]
+        if step in (41, 70, 87, 99):  # every second look: the one after a halving has to wait
+            now = best
+    expected = [(1, 1), (42, 0.5), (71, 0.25), (88, 0.125), (100, 0.0625)]
+    for step, size in sizes.items():
+        assert size == pytest.approx(max((since, size) for since, size in expected if since <= step)[1])
+
+
+def test_apgd_keeps_an_image_that_only_its_start_would_lose():
+    """Misclassified at exactly the image itself: every random start has left that point."""
+    images, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.long)
+    right = torch.tensor([1.0, 0.0])
+    model_fn = lambda x: torch.where((x == 0.5).all(3).all(2), -right, right) + 0 * x.sum((2, 3))  # noqa: E731
+    assert wrong(model_fn, images, labels).all()
+    assert torch.equal(attacks.apgd(model_fn, images, labels, 0.1, num_steps=3), images)
+
+
 def test_apgd_prefers_misclassified_to_high_loss():
     """The loss is the pixel, and it is misclassified below a half: a low loss must win."""
     images, labels = torch.full((20, 1, 1, 1), 0.5), torch.zeros(20, dtype=torch.long)
@@ -298,10 +333,10 @@ def test_cw_search_shortens_and_confidence_lengthens(net, images_labels):
     length = lambda x: (x - images).flatten(1).norm(dim=1)  # noqa: E731
     plain = attacks.cw(net, images, labels, num_steps=60, c=10.0)
     searched = attacks.cw(net, images, labels, num_steps=60, c=10.0, search_steps=4)
-    sure = attacks.cw(net, images, labels, num_steps=60, c=10.0, confidence=2.0)
+    sure = attacks.cw(net, images, labels, num_steps=60, c=10.0, confidence=8.0)
     assert wrong(net, plain, labels).all() and wrong(net, searched, labels).all()
     assert (length(searched) <= length(plain)).all() and (length(searched) < length(plain)).any()
-    assert (attacks.margin(net(sure), labels) >= 2.0).all()
+    assert (attacks.margin(net(sure), labels) >= 8.0).all()
     assert (length(sure) > length(plain)).all()
 
 
