@@ -411,9 +411,7 @@ def main(config: Config) -> None:
     device = utils.select_device(config.device)
     for path in paths:
         utils.check_file(path)
-    dataset = data.load(
-        config.dataset, config.data_dir, limit=config.limit, seed=config.seed, device=device, splits=("test",)
-    )
+    dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device, splits=("test",))
     targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
     columns = [make_column(config, target, dataset) for target in targets]
     utils.write_text(numbers, to_json(config, dataset, columns))
