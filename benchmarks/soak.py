@@ -49,8 +49,10 @@ def start(script, options, cwd, output=os.devnull):
     """Start a script as a process of its own, its stdout and stderr appended to `output`."""
     prepare()
     options = [str(option) for option in options]
-    process = FORKS.Process(target=_become, args=(script, options, str(cwd), str(output)))
+    began = FORKS.Event()
+    process = FORKS.Process(target=_become, args=(script, options, str(cwd), str(output), began))
     process.start()
+    process.began = began  # set when the script itself begins
     return process
 
 
@@ -59,17 +61,20 @@ def prepare():
     FORKS.set_forkserver_preload(["torch", *SCRIPTS, "robustness"])
 
 
-def _become(script, options, cwd, output):
+def _become(script, options, cwd, output, began=None):
     """In the new process: behave like `python SCRIPT OPTIONS` in `cwd`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    os.chdir(cwd)
+    with open(output, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    module = importlib.import_module(script)
+    sys.argv = [f"{script}.py", *options]
     try:
-        os.chdir(cwd)
-        with open(output, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        module = importlib.import_module(script)
-        sys.argv = [f"{script}.py", *options]
+        if began is not None:
+            began.set()
         utils.run(module.main, module.Config)
-    except KeyboardInterrupt:  # before the script began
+    except KeyboardInterrupt:  # between the lines
         os._exit(128 + signal.SIGINT)
 
 
@@ -140,6 +145,7 @@ def interrupted_run(script, options, folder, seconds, chance, budget):
     sent, log = [], folder / "output.txt"
     while True:
         process = start(script, [*options, "--resume"], folder, log)
+        process.began.wait(100)
         if len(sent) < budget:
             process.join(chance.uniform(0, 0.5 * seconds))
         if not process.is_alive() or len(sent) == budget:
