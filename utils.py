@@ -565,6 +565,8 @@ def _is_whole(path):
 
 
 def _link(source, target):
+    if target.exists() and target.samefile(source):
+        return  # killed between two renames; a rename of one link over another would do nothing
     temporary = Path(f"{target}.tmp")
     temporary.unlink(missing_ok=True)
     try:

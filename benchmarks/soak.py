@@ -49,10 +49,10 @@ def start(script, options, cwd, output=os.devnull):
     """Start a script as a process of its own, its stdout and stderr appended to `output`."""
     prepare()
     options = [str(option) for option in options]
-    began = FORKS.Event()
+    process_began, began = FORKS.Pipe(duplex=False)
     process = FORKS.Process(target=_become, args=(script, options, str(cwd), str(output), began))
     process.start()
-    process.began = began  # set when the script itself begins
+    process.began = process_began  # readable when the script itself begins
     return process
 
 
@@ -72,7 +72,7 @@ def _become(script, options, cwd, output, began=None):
     sys.argv = [f"{script}.py", *options]
     try:
         if began is not None:
-            began.set()
+            began.send_bytes(b"began")
         utils.run(module.main, module.Config)
     except KeyboardInterrupt:  # between the lines
         os._exit(128 + signal.SIGINT)
@@ -145,7 +145,7 @@ def interrupted_run(script, options, folder, seconds, chance, budget):
     sent, log = [], folder / "output.txt"
     while True:
         process = start(script, [*options, "--resume"], folder, log)
-        process.began.wait(100)
+        process.began.poll(100)
         if len(sent) < budget:
             process.join(chance.uniform(0, 0.5 * seconds))
         if not process.is_alive() or len(sent) == budget:

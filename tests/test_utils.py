@@ -120,6 +120,17 @@ def test_the_checkpoint_before_is_kept_until_the_run_is_over(tmp_path):
     assert utils.load_newest(path)["number"] == 3
 
 
+def test_item_18_a_save_that_was_killed_between_its_two_renames_leaves_nothing_behind(tmp_path):
+    """The checkpoint and the one before are then two links of one file, which no rename tells apart."""
+    path = tmp_path / "run.pth.tar"
+    utils.save_checkpoint({"number": 0}, path)
+    os.link(path, utils.previous_of(path))
+    utils.save_checkpoint({"number": 1}, path)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.previous"}
+    assert utils.load_checkpoint(utils.previous_of(path))["number"] == 0
+    assert utils.load_checkpoint(path)["number"] == 1
+
+
 def test_a_line_goes_to_stdout_and_log_whatever_its_letters(tmp_path, capsys):
     utils.say("für alle", tmp_path / "log")
     utils.note("only the log \udcff", tmp_path / "log")
