@@ -307,6 +307,7 @@ class Run:
         else:
             self.start_log()
         if self.epoch >= config.epochs:
+            utils.drop_previous(path)  # there still where the run was killed right after its end
             self.say(f"{path} is finished already ({self.epoch} epochs); a larger --epochs goes on")
             return False
         return True

@@ -555,6 +555,12 @@ def save_checkpoint(state, path, keep_previous=True):
         previous.unlink(missing_ok=True)
 
 
+def drop_previous(path):
+    """Remove the checkpoint kept before the one at `path`, unless that one is damaged."""
+    if _is_whole(path):
+        previous_of(path).unlink(missing_ok=True)
+
+
 def _is_whole(path):
     """Whether there is a checkpoint worth keeping: a damaged one must not push out the good one before it."""
     try:

@@ -207,6 +207,19 @@ def test_resume_with_nothing_there_begins_and_a_finished_run_is_left_alone(whole
     assert state["epoch"] == 3 and len(state["history"]) == 3
 
 
+def test_item_24_killed_right_after_its_end_a_run_is_tidied_up_by_the_next(tmp_path):
+    path = tmp_path / "run.pth.tar"
+    train("softmax_training", *options("softmax_training", path, epochs=1))
+    content, previous = path.read_bytes(), utils.previous_of(path)
+    previous.write_bytes(content)
+    train("softmax_training", *options("softmax_training", path, epochs=1), "--resume")
+    assert not previous.exists() and path.read_bytes() == content
+    previous.write_bytes(content)
+    path.write_bytes(content[:-100])  # damaged, the one before is all there is
+    train("softmax_training", *options("softmax_training", path, epochs=1), "--resume")
+    assert previous.read_bytes() == content
+
+
 def stopped(path, script="softmax_training", batches=4, **more):
     """Leave the checkpoint of a run that was stopped after so many of its 6 batches."""
     with pytest.MonkeyPatch.context() as patch:
