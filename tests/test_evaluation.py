@@ -21,7 +21,6 @@ import training
 import utils
 from resnet_model import resnet
 
-torch.set_num_threads(1)  # these networks are too small to share out
 CLASSES = ("a", "b", "c", "d")
 EPSILON = 8 / 255
 

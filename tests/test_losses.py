@@ -178,7 +178,7 @@ def test_each_prototype_is_moved_by_its_own_part_alone(squared):
     assert pushed.any(dim=1).tolist() == [True, False, True, True, True]
 
 
-def test_gradients_are_the_same_bits_every_time():
+def test_gradients_are_the_same_bits_every_time(two_threads):
     # Large enough for PyTorch to divide the work: gathering by centers[labels] gave other bits each time.
     assert torch.get_num_threads() > 1
     for make in LOSSES.values():

@@ -43,16 +43,6 @@ def train(script, *arguments, flags=()):
     module.main(utils.parse_config(module.Config, [*arguments, *flags]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Processes started here have one thread, and sums over threads depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The checkpoint of an uninterrupted run of each script."""

@@ -25,7 +25,6 @@ LIMIT, SIZE = 12, 16
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Four classes of small images told apart by colour, and two checkpoints: one with prototypes."""
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("robustness")
     generator = torch.Generator().manual_seed(0)
     for label, name in enumerate("abcd"):

@@ -13,7 +13,6 @@ import reports
 import sanity
 import suite
 
-torch.set_num_threads(1)  # these networks are too small to share out
 CLASSES = ("a", "b", "c", "d")
 
 
