@@ -74,19 +74,20 @@ def signalled(words, signum, delay, folder, log):
 def test_items_23_and_24_a_real_signal_to_a_real_evaluation(signum, checkpoint, whole, tmp_path):
     results, log = tmp_path / "results.json", tmp_path / "output.txt"
     words = options(checkpoint, results)
-    for delay in (0.3, 0.1, 0.0):  # a fast machine is done before the first
+    for delay in (0.2, 0.1, 0.0):  # a fast machine is done before the first
         status = signalled(words, signum, delay, tmp_path, log)
         if status:
             break
         results.unlink()
         log.unlink()
     assert status in (128 + signum, -signum), log.read_text()
-    assert not results.exists() and "Traceback" not in log.read_text()
-    if status == 128 + signum and (tmp_path / "results.json.partial").exists():
+    assert "Traceback" not in log.read_text()
+    if "incomplete" in log.read_text():  # the signal found it measuring, not reading or writing
         assert re.search("incomplete: stopped at .* of 10 images", log.read_text().splitlines()[-1])
+        assert not results.exists() and (tmp_path / "results.json.partial").exists()
     evaluate(*words, "--resume")
     assert without_times(results) == without_times(whole)
-    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("results.json*.tmp"))
 
 
 def test_item_47_outcomes_of_another_setting_or_checkpoint_are_refused(checkpoint, tmp_path):
