@@ -267,7 +267,7 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
     for start in range(len(outcome), len(split), batch_size):
         began = time.monotonic()
         images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
-        generator = utils.generator(seed, "evaluation", start // batch_size)
+        generator = generator_at(seed, start)
         with exact_float32():
             images = data.to_float(images).contiguous(memory_format=torch.channels_last)
             attacked = try_block(target, trial, images, labels, generator, outcome)
@@ -275,6 +275,13 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
             keep_block(keep_in, start, images, attacked, labels, outcome)
         outcome.seconds += time.monotonic() - began
         yield outcome
+
+
+def generator_at(seed, start):
+    """The generator for the images from number `start` on: what one gets does not depend on the blocks."""
+    generator = utils.generator(seed, "evaluation")
+    torch.randint(2**32, (start,), generator=generator)  # an attack takes one number an image
+    return generator
 
 
 def try_block(target, trial, images, labels, generator, outcome):

@@ -55,6 +55,7 @@ class Config:
     save_every_minutes: float | None = 10.0  # besides after every epoch
     max_minutes: float | None = None  # stop after so long, saved, to be resumed
     precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
+    compile: str = "auto"  # auto (on a GPU), on or off
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: int = 0
 

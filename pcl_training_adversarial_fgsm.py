@@ -60,6 +60,7 @@ class Config:
     save_every_minutes: float | None = 10.0  # besides after every epoch
     max_minutes: float | None = None  # stop after so long, saved, to be resumed
     precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
+    compile: str = "auto"  # auto (on a GPU), on or off
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: int = 0
 
@@ -86,9 +87,9 @@ def main(config: Config) -> None:
     optimizer = torch.optim.SGD([network, *prototypes], lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.gamma)
 
-    def adversary(images, labels, generator):
+    def adversary(model_fn, images, labels, generator):
         epsilon = utils.uniform(config.epsilon_min, config.epsilon_max, generator)
-        return attacks.fgsm(model.logits, images, labels, epsilon)
+        return attacks.fgsm(model_fn, images, labels, epsilon)
 
     training.fit(config, dataset, model, criterion, optimizer, scheduler, adversary)
 

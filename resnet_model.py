@@ -53,7 +53,7 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.bn2(self.conv2(x))
-        return F.relu(x + shortcut, inplace=True)
+        return F.relu(x.add_(shortcut), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         x = self.bn3(self.conv3(x))
-        return F.relu(x + shortcut, inplace=True)
+        return F.relu(x.add_(shortcut), inplace=True)
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -209,41 +209,62 @@ def network_of(state_dict: dict) -> dict[str, int]:
 
 
 class Folded(nn.Module):
-    """A ResNet without batch norms that maps images, N x 3 x H x W in [0, 1], to logits; made by `folded`."""
+    """A frozen ResNet without batch norms: images, N x 3 x H x W in [0, 1], to logits; made by `folded`."""
 
-    def __init__(self, network: ResNet) -> None:
+    def __init__(self, model: ResNet, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.network = network
+        self.network = copy.deepcopy(model)
+        self.network.zero_grad(set_to_none=True)
+        self.pairs = []  # names of each convolution and of the batch norm after it
+        for parent, module in list(self.network.named_modules()):
+            for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
+                norm = getattr(module, norm_name, None)
+                if isinstance(norm, nn.BatchNorm2d):
+                    getattr(module, conv_name).bias = nn.Parameter(torch.zeros_like(norm.bias))
+                    setattr(module, norm_name, nn.Identity())
+                    self.pairs.append(
+                        tuple(f"{parent}.{name}".lstrip(".") for name in (conv_name, norm_name))
+                    )
+        for module in self.network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(dtype)
+        self.requires_grad_(False).eval()
+        self.refresh(model)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images).logits
 
+    @torch.no_grad()
+    def refresh(self, model: ResNet) -> None:
+        """Take over the present weights and statistics of `model`, in place."""
+        mine, theirs = (
+            [network.get_submodule(conv) for conv, _ in self.pairs] for network in (self.network, model)
+        )
+        norms = [model.get_submodule(norm) for _, norm in self.pairs]
+        # All batch norms at once: on a GPU the number of calls is what costs. In float64 where there is one,
+        # so that only the result is rounded.
+        wide = torch.float32 if norms[0].weight.device.type == "mps" else torch.float64
+        weight, bias, mean, var = (
+            torch.cat([getattr(norm, name) for norm in norms]).to(wide)
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / (var + norms[0].eps).sqrt()
+        widths = [norm.num_features for norm in norms]
+        biases = (bias - mean * scale).split(widths)
+        for conv, source, factor, shift in zip(mine, theirs, scale.split(widths), biases, strict=True):
+            conv.weight.copy_(source.weight * factor.view(-1, 1, 1, 1))
+            conv.bias.copy_(shift)
+        for name in ("fc", "fcf", "aux")[: 3 if model.aux_dim else 2]:
+            linear, source = getattr(self.network, name), getattr(model, name)
+            linear.weight.copy_(source.weight)
+            linear.bias.copy_(source.bias)
 
-def folded(model: ResNet) -> Folded:
+
+def folded(model: ResNet, dtype: torch.dtype | None = None) -> Folded:
     """A frozen copy of `model` for attacks and evaluation: eval mode, batch norms folded into convolutions.
 
     Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in; `model` stays as it
-    is. The copy does not follow later changes of `model`.
+    is. The copy follows later changes of `model` when told to: `refresh(model)`. `dtype` is that of its
+    convolutions and linear layers, None being the model's; in bfloat16 it is for use under autocast alone.
     """
-    network = copy.deepcopy(model).requires_grad_(False).eval()
-    network.zero_grad(set_to_none=True)
-    for module in network.modules():
-        for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
-            norm = getattr(module, norm_name, None)
-            if isinstance(norm, nn.BatchNorm2d):
-                _fold(getattr(module, conv_name), norm)
-                setattr(module, norm_name, nn.Identity())
-    return Folded(network).eval()
-
-
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Make `conv`, which has no bias, compute what `norm` in eval mode computes of its output."""
-    # In float64, so that only the result is rounded; on the CPU, because not every device has float64.
-    kernel, scale, shift, mean, var = (
-        tensor.detach().cpu().double()
-        for tensor in (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    )
-    scale = scale / (var + norm.eps).sqrt()
-    bias = (shift - mean * scale).to(conv.weight)
-    conv.weight = nn.Parameter((kernel * scale.view(-1, 1, 1, 1)).to(conv.weight), requires_grad=False)
-    conv.bias = nn.Parameter(bias, requires_grad=False)
+    return Folded(model, dtype)

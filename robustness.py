@@ -14,6 +14,7 @@ cw of least distance; noise; autoattack, the reference implementation. Where the
 the lower is the one to believe, and --sanity says why.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class Config:
     save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
     model_card: bool = False  # a file for each checkpoint with RobustBench's keys, beside the results
     # run
-    batch_size: int = 500
+    batch_size: int | None = None  # images at a time; none: 500 on a GPU, 100 on a CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: int = 0
 
@@ -82,6 +83,8 @@ def main(config: Config) -> None:
     if config.save_images is not None:
         utils.prepare_output(Path(config.save_images) / "image")
     device = utils.select_device(config.device)
+    if config.batch_size is None:
+        config = dataclasses.replace(config, batch_size=500 if device.type == "cuda" else 100)
     for path in paths:
         utils.check_file(path)
     dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device, splits=("test",))

@@ -4,8 +4,12 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import functools
+import importlib.util
 import inspect
 import io
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -17,7 +21,7 @@ import data
 import utils
 from contrastive_proximity import ContrastiveProximity
 from proximity import Proximity
-from resnet_model import clean_state_dict, network_of
+from resnet_model import clean_state_dict, folded, network_of
 
 EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
 WATCH_EVERY = 50  # batches between looks at the loss where a look waits for the device
@@ -132,20 +136,15 @@ class PrototypeConformityLoss(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(model, frozen=False):
-    """Within it all modules are in eval mode and, if `frozen`, no parameter asks for a gradient."""
+def evaluating(model):
+    """Within it all modules are in eval mode."""
     modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
-    if frozen:
-        model.requires_grad_(False)
     try:
         yield model
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for parameter, value in wanted.items():
-            parameter.requires_grad_(value)
 
 
 def select_precision(name, device):
@@ -156,6 +155,18 @@ def select_precision(name, device):
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and native) else torch.float32
+
+
+def compiles(name, device):
+    """Whether to compile the step and the attack; `auto`: on a GPU that can, as on a CPU it gains nothing.
+
+    Raises UsageError when it is to be `on` and no C++ compiler is there.
+    """
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
+    if name == "on" and not compiler:
+        raise utils.UsageError("--compile on: needs a C++ compiler, such as g++, and there is none; try auto")
+    triton = importlib.util.find_spec("triton") is not None
+    return name == "on" or (name == "auto" and device.type == "cuda" and compiler and triton)
 
 
 @torch.no_grad()
@@ -247,9 +258,10 @@ def start_from(model, config, dataset):
 def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None):
     """Train to `config.epochs`; log a row and save a checkpoint each epoch; resume where `config` says so.
 
-    `adversary(images, labels, generator) -> images`, if given, doubles each batch with adversarial images
-    made in eval mode. Raises Interrupted after a saved stop (by a signal, or by --max-minutes),
-    DivergenceError, and the faults of `utils`.
+    `adversary(model_fn, images, labels, generator) -> images`, if given, doubles each batch with adversarial
+    images; `model_fn` is the network as it stands, images to logits, frozen and in eval mode. Raises
+    Interrupted after a saved stop (by a signal, or by --max-minutes), DivergenceError, and the faults of
+    `utils`.
     """
     run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
     if not run.open():
@@ -276,6 +288,12 @@ class Run:
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
         self.dtype = select_precision(config.precision, self.device)
         self.precision = str(self.dtype).removeprefix("torch.")
+        self.view = None if adversary is None else folded(self.model, self.dtype)  # what the attack sees
+        self.forward, self.model_fn = self.losses, self.view
+        if compiles(config.compile, self.device):
+            # On a GPU this mode also replays whole passes as CUDA graphs.
+            compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
+            self.forward, self.model_fn = compiled(self.losses), self.view and compiled(self.view)
         self.epoch, self.batch, self.history = 0, 0, []
         self.sums, self.images = {}, 0  # of this epoch: loss terms added up over the images seen
         self.recent = collections.deque(maxlen=WATCH_EVERY + LAST_GOOD)  # (where, loss terms) of each batch
@@ -402,10 +420,11 @@ class Run:
                 self.leave_if_asked(stop)
 
     def attack(self, images, labels, index):
-        """Adversarial images for a batch: eval mode, frozen parameters, the training precision."""
+        """Adversarial images for a batch, in the training precision."""
         generator = utils.generator(self.config.seed, "attack", self.epoch, index)
-        with evaluating(self.model, frozen=True), self.autocast():
-            attacked = self.adversary(images, labels, generator)
+        self.view.refresh(self.model)
+        with self.autocast():
+            attacked = self.adversary(self.model_fn, images, labels, generator)
         return attacked.contiguous(memory_format=torch.channels_last)
 
     def autocast(self):
@@ -413,19 +432,23 @@ class Run:
 
     def step(self, images, labels):
         """One optimisation step; the loss terms are added up on the device."""
-        with self.autocast():
-            outputs = self.model(images)
-        loss, parts = self.criterion(outputs, labels)
-        terms = {"loss": loss.detach(), **parts}
+        loss, terms, correct = self.forward(images, labels)
+        terms = {"loss": loss.detach(), **terms}
+        terms = {name: value.clone() for name, value in terms.items()}  # the next replay overwrites them
         self.watch(terms)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        correct = (outputs.logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)
         for name, value in {**terms, "correct": correct}.items():
             weighted = value.double() * (1 if name == "correct" else len(labels))
             self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+
+    def losses(self, images, labels):
+        """Return (loss, its terms, number of images classified right) of a batch."""
+        with self.autocast():
+            outputs = self.model(images)
+        return *self.criterion(outputs, labels), (outputs.logits.detach().argmax(1) == labels).sum()
 
     # ------------------------------------------------ divergence
 

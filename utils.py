@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -79,16 +80,33 @@ def run(main, config_class, choices=None):
 
     def command(argv):
         config = parse_config(config_class, argv, choices)
+        keep_freed_memory()
         try:
             main(config)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             size = getattr(config, "batch_size", 1)
+            if size is None:
+                raise UsageError(
+                    "out of memory on the device; try a small --batch-size, such as 50"
+                ) from error
             smaller = f"try --batch-size {size // 2}" if size > 1 else "no smaller one is possible"
             raise UsageError(f"out of memory on the device with --batch-size {size}; {smaller}") from error
 
     leave_with_status(command)
+
+
+def keep_freed_memory():
+    """Have the C library keep memory that was freed, for what is needed next.
+
+    By default glibc hands large pieces back, and taking them anew costs a training step up to a fifth of its
+    time on a CPU. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap, which free would undo
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def leave_with_status(command):

@@ -77,6 +77,7 @@ class Config:
     results: str = "results/throughput.json"  # and .md beside it
     # run
     precision: str = "auto"  # of our training
+    compile: str = "auto"  # our training
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: int = 0
 
@@ -190,7 +191,7 @@ def our_run(subject: Subject, row: str, split: data.Split) -> training.Run:
     steps = {"num_steps": config.num_steps} if row == "stage2_pgd" else {}
     recipe = script.Config(
         depth=subject.network["depth"], batch_size=batch_of(config, row), lr=LR, precision=config.precision,
-        seed=config.seed, save_every_minutes=None, **steps,
+        compile=config.compile, seed=config.seed, save_every_minutes=None, **steps,
     )  # fmt: skip
     model = subject.model()
     network = {"params": model.parameters(), "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
@@ -203,20 +204,20 @@ def our_run(subject: Subject, row: str, split: data.Split) -> training.Run:
         groups += criterion.param_groups(recipe.lr_prox, recipe.lr_conprox)
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, fused=True)
     dataset = data.Dataset(config.dataset, subject.classes, split, split)
-    return training.Run(recipe, dataset, model, criterion, optimizer, None, adversary_of(recipe, row, model))
+    return training.Run(recipe, dataset, model, criterion, optimizer, None, adversary_of(recipe, row))
 
 
-def adversary_of(recipe, row: str, model):
+def adversary_of(recipe, row: str):
     """The adversary of the row's script."""
 
-    def fgsm(images, labels, generator):
+    def fgsm(model_fn, images, labels, generator):
         epsilon = utils.uniform(recipe.epsilon_min, recipe.epsilon_max, generator)
-        return attacks.fgsm(model.logits, images, labels, epsilon)
+        return attacks.fgsm(model_fn, images, labels, epsilon)
 
-    def pgd(images, labels, generator):
+    def pgd(model_fn, images, labels, generator):
         epsilon = utils.uniform(recipe.epsilon_min, recipe.epsilon_max, generator)
         return attacks.pgd(
-            model.logits, images, labels, epsilon, step_size=recipe.step_size, num_steps=recipe.num_steps,
+            model_fn, images, labels, epsilon, step_size=recipe.step_size, num_steps=recipe.num_steps,
             random_start=True, generator=generator,
         )  # fmt: skip
 

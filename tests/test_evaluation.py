@@ -65,6 +65,16 @@ def returning(result, epsilon=EPSILON, bounded=True):
 # ---------------------------------------------------------------- measuring
 
 
+@pytest.mark.parametrize("name", ["noise", "pgd", "apgd-ce", "square"])
+def test_what_happens_to_an_image_does_not_depend_on_the_blocks(name):
+    target, split = target_of(network()), split_of(16)
+    trial = suite.make(name, config_of())
+    whole, parts = (finish(target, split, trial, batch_size=size) for size in (16, 5))
+    assert torch.equal(whole.predicted, parts.predicted)
+    torch.testing.assert_close(whole.linf, parts.linf)
+    torch.testing.assert_close(whole.margin, parts.margin)
+
+
 def test_outcome_is_plain_arithmetic():
     """FGSM on a linear network by hand: accuracy, margins, distances and gradients of each image."""
     net, split = network(), split_of(16)

@@ -426,3 +426,28 @@ def test_folding_keeps_channels_last():
     fold = folded(lived_in(44).to(memory_format=torch.channels_last))
     weights = [module.weight for module in fold.modules() if isinstance(module, nn.Conv2d)]
     assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+@pytest.mark.parametrize("aux_dim", [0, 6])
+def test_refreshed_it_is_the_copy_that_would_be_made_anew(aux_dim):
+    model, later = lived_in(44, aux_dim), lived_in(44, aux_dim)
+    fold = folded(model)
+    storage = {name: value.data_ptr() for name, value in fold.state_dict().items()}
+    with torch.no_grad():
+        for parameter in later.parameters():
+            parameter.mul_(1.1)
+    later.train()(pictures())
+    fold.refresh(later)
+    expected = folded(later).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in fold.state_dict().items())
+    assert storage == {name: value.data_ptr() for name, value in fold.state_dict().items()}
+
+
+def test_in_bfloat16_it_decides_as_the_network_does_under_autocast():
+    model, images = lived_in(44), pictures()
+    fold = folded(model, torch.bfloat16)
+    assert all(m.weight.dtype == torch.bfloat16 for m in fold.modules() if hasattr(m, "weight"))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, peer = fold(images).float(), model.eval().logits(images).float()
+    exact = model.logits(images)
+    assert (logits - exact).abs().max() < 2 * (peer - exact).abs().max() + 1e-3 * exact.abs().max()
