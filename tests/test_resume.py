@@ -1,6 +1,7 @@
 """Stopped anywhere, by whatever, and resumed: the end of a run does not tell (items 15, 21, 22, 24, 46)."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -88,6 +89,42 @@ def test_a_run_stopped_after_every_batch_ends_as_one_that_was_not(script, whole,
     assert soak.compare(path, whole[script]) == []
 
 
+def stopped_once(script, path, *given):
+    """A run that was stopped in the middle of its first epoch and resumed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "StopSignals", lambda: StopAt(0))
+        with pytest.raises(utils.Interrupted):
+            train(script, *given)
+    train(script, *given, flags=["--resume"])
+    return path
+
+
+def test_two_threads_are_as_exact_as_one(whole, tmp_path, two_threads):
+    """As long as there are two throughout; batches large enough for both threads to have work."""
+    script, paths = "pcl_training_adversarial_pgd", [tmp_path / name for name in ("whole", "stopped")]
+    size = {"limit": 90, "batch_size": 30, "precision": "bfloat16"}
+    given = [options(script, path / "run.pth.tar", whole["softmax_training"], **size) for path in paths]
+    train(script, *given[0])
+    stopped_once(script, paths[1], *given[1])
+    assert soak.compare(*(path / "run.pth.tar" for path in paths)) == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.timeout(600)  # the first time on a machine, most of it in the compiler
+def test_a_compiled_run_learns_the_same_and_resumes_as_exactly(whole, tmp_path):
+    script, paths = "pcl_training_adversarial_fgsm", [tmp_path / name for name in ("whole", "stopped")]
+    given = [
+        [*options(script, path / "run.pth.tar", whole["softmax_training"]), "--compile", "on"]
+        for path in paths
+    ]
+    train(script, *given[0])
+    stopped_once(script, paths[1], *given[1])
+    assert soak.compare(*(path / "run.pth.tar" for path in paths)) == []
+    ours, plain = (soak.outcome(path) for path in (paths[0] / "run.pth.tar", whole[script]))
+    losses = [[row["loss"] for row in run["history"]] for run in (ours, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_items_21_22_and_24_a_real_signal_to_a_real_process(signum, whole, tmp_path):
     """In the middle of an epoch; the data are large enough for the signal to find the run at work."""
@@ -117,11 +154,11 @@ def wait_for(happened, process, log, seconds=100):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_item_22_a_second_signal_ends_at_once_and_writes_nothing(signum, tmp_path):
-    """The first is answered when the batch is done, here one of many images; the second does not wait."""
+def test_item_22_a_second_signal_ends_at_once_and_writes_nothing(signum, whole, tmp_path):
+    """The first is answered when the batch is done, here after a million steps; the second does not wait."""
     path, log = tmp_path / "run.pth.tar", tmp_path / "output.txt"
-    given = soak.tiny(path, limit=2000, batch_size=2000, depth=20, log_to=tmp_path / "run.log")
-    process = soak.start("softmax_training", given, tmp_path, log)
+    more = {"init_from": whole["softmax_training"], "num_steps": 1_000_000, "log_to": tmp_path / "run.log"}
+    process = soak.start("pcl_training_adversarial_pgd", soak.tiny(path, **more), tmp_path, log)
     wait_for((tmp_path / "run.log").exists, process, log)
     for _ in range(2):
         time.sleep(0.3)

@@ -88,6 +88,24 @@ def test_item_35_modes_are_restored_module_by_module(model):
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "compiler", "expected"),
+    [
+        *[("auto", "cpu", True, False), ("off", "cuda", True, False), ("off", "cpu", True, False)],
+        *[("auto", "cuda", False, False), ("on", "cpu", True, True), ("on", "cuda", True, True)],
+    ],
+)
+def test_what_is_compiled(name, device, compiler, expected, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: "/bin/true" if compiler else None)
+    assert training.compiles(name, torch.device(device)) == expected
+
+
+def test_item_43_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    with pytest.raises(utils.UsageError, match="needs a C\\+\\+ compiler"):
+        training.compiles("on", torch.device("cpu"))
+
+
 def test_accuracy_counts_every_image(model, dataset):
     with torch.no_grad():
         model.eval()
