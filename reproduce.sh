@@ -14,11 +14,16 @@ minutes=${1:-} folder=${2:-carry}
 read -ra data <<< "${DATA:-}"
 read -ra train <<< "${TRAIN:-}"
 outputs=(Models_Softmax Models_PCL results)
+[ -z "$minutes" ] || limit=$("$PYTHON" -c 'import sys; print(round(60 * float(sys.argv[1])))' "$minutes")
 
-seconds_left() { echo $((60 * minutes - SECONDS)); }
+seconds_left() { echo $((limit - SECONDS)); }
 
-finished() {
-    "$PYTHON" -c 'import sys, utils; sys.exit(not utils.load_checkpoint(sys.argv[1]).get("finished"))' "$1"
+unfinished() { # CHECKPOINT ...
+    "$PYTHON" -c 'if True:
+        import pathlib, sys, utils
+        for path in sys.argv[1:]:
+            if not (pathlib.Path(path).exists() and utils.load_checkpoint(path).get("finished")):
+                print(path)' "$@"
 }
 
 carry() {
@@ -27,16 +32,17 @@ carry() {
         [ -d "$output" ] && mkdir -p "$folder/$output" && find "$output" -type f ! -name '.*' ! -name '*.previous' \
             -exec cp -p {} "$folder/$output/" \;
     done
+    mkdir -p "$folder"
     large=$(find "$folder" -type f -size +16M)
     [ -z "$large" ] || echo "over 16 MB: $large" >&2
 }
 
 stage() { # SCRIPT CHECKPOINT
     if [ -n "$minutes" ]; then
+        grep -qxF "$2" <<< "$todo" || return 0  # finished: no need to read the images again
         [ "$(seconds_left)" -gt 0 ] || stop
-        "$PYTHON" "$1.py" --resume "${data[@]}" "${train[@]}" \
-            --max-minutes "$(seconds_left)/60"
-        finished "$2" || stop
+        "$PYTHON" "$1.py" --resume "${data[@]}" "${train[@]}" --max-minutes "$(seconds_left)/60"
+        [ "$(seconds_left)" -gt 0 ] || stop  # with time left it ends when it is finished, and only then
     else
         "$PYTHON" "$1.py" --resume "${data[@]}" "${train[@]}"
     fi
@@ -51,13 +57,23 @@ stop() {
 if [ -n "$minutes" ] && [ -d "$folder" ]; then
     cp -rpn "$folder/." .
 fi
-stage softmax_training Models_Softmax/CIFAR10_Softmax.pth.tar
-stage pcl_training Models_PCL/CIFAR10_PCL.pth.tar
-stage pcl_training_adversarial_fgsm Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar
-stage pcl_training_adversarial_pgd Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar
+checkpoints=(
+    Models_Softmax/CIFAR10_Softmax.pth.tar
+    Models_PCL/CIFAR10_PCL.pth.tar
+    Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar
+    Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar
+)
+[ -z "$minutes" ] || todo=$(unfinished "${checkpoints[@]}")
+stage softmax_training "${checkpoints[0]}"
+stage pcl_training "${checkpoints[1]}"
+stage pcl_training_adversarial_fgsm "${checkpoints[2]}"
+stage pcl_training_adversarial_pgd "${checkpoints[3]}"
 if [ -n "$minutes" ]; then
     [ "$(seconds_left)" -gt 0 ] || stop
-    timeout -s TERM "$(seconds_left)" "$PYTHON" robustness.py --resume "${data[@]}" || { [ $? = 143 ] && stop; }
+    status=0
+    timeout --preserve-status -s TERM "$(seconds_left)" "$PYTHON" robustness.py --resume "${data[@]}" || status=$?
+    [ $status != 143 ] || stop
+    [ $status = 0 ] || exit $status
 else
     "$PYTHON" robustness.py --resume "${data[@]}"
 fi

@@ -33,6 +33,7 @@ FREE_ON_RESUME = {
     *("data_dir", "init_from", "save_to", "log_to", "export", "resume", "overwrite"),
     *("epochs", "eval_every", "device", "compile", "save_every_minutes", "max_minutes"),
 }
+EACH_TIME = ("resume", "overwrite", "max_minutes")  # not worth a word when they differ
 
 
 class DivergenceError(Exception):
@@ -396,7 +397,7 @@ class Run:
                 f"{path}: begun with other settings ({', '.join(fixed)}); resume with the old ones, or name "
                 "another --save-to"
             )
-        return [line for name, line in differing.items() if name not in ("resume", "overwrite")]
+        return [line for name, line in differing.items() if name not in EACH_TIME]
 
     # ------------------------------------------------ training
 

@@ -1,0 +1,62 @@
+"""`reproduce.sh`: in slices, each on a bare machine, it ends where it ends in one go."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import soak
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = (
+    "Models_Softmax/CIFAR10_Softmax.pth.tar",
+    "Models_PCL/CIFAR10_PCL.pth.tar",
+    "Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar",
+    "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar",
+)
+SECONDS = 8  # of a slice: enough to begin a stage in, not for all five
+
+
+def reproduce(folder, *arguments):
+    """Run the script in `folder`, which gets the code and nothing else; return what it says last."""
+    folder.mkdir(exist_ok=True)
+    for file in (*ROOT.glob("*.py"), ROOT / "reproduce.sh"):
+        shutil.copy(file, folder)
+    environment = {"PYTHON": sys.executable, "DATA": "--dataset synthetic --limit 30", **os.environ}
+    environment |= {"TRAIN": "--depth 8 --epochs 2 --batch-size 8", "LC_ALL": "C"}
+    command = ["bash", "reproduce.sh", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.name != "posix" or shutil.which("bash") is None, reason="no bash")
+@pytest.mark.timeout(600)
+def test_in_slices_on_bare_machines_it_ends_where_it_ends_in_one_go(tmp_path):
+    whole, carried = tmp_path / "whole", tmp_path / "carried"
+    assert reproduce(whole) == "complete"
+    for number in range(1, 12):
+        machine = tmp_path / f"machine {number}"
+        if reproduce(machine, SECONDS / 60, carried) == "complete":
+            break
+    assert number > 1, "one slice did it all"
+    for checkpoint in CHECKPOINTS:
+        assert soak.compare(whole / checkpoint, machine / checkpoint) == []
+        assert soak.compare(whole / checkpoint, carried / checkpoint) == []
+    rows = [
+        list(csv.DictReader((folder / "results/robustness.csv").open()))
+        for folder in (whole, machine, carried)
+    ]
+    # A checkpoint holds its log with the speeds, so its SHA-256 is its own.
+    timeless = [[{k: v for k, v in row.items() if k != "sha256"} for row in table] for table in rows]
+    assert timeless[0] == timeless[1] == timeless[2] and len(timeless[0]) >= 4
+
+
+@pytest.mark.parametrize("minutes", ["soon", "0"])
+def test_minutes_that_are_none(minutes, tmp_path):
+    with pytest.raises(AssertionError, match=r"could not convert|slice over"):
+        assert reproduce(tmp_path / "machine", minutes) == "complete"
