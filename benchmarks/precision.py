@@ -3,7 +3,7 @@
     python -m benchmarks.precision --dataset folder --data-dir data/cifar10
 
 Trains stage 1 and stage 2 with each seed in each precision, by the two scripts themselves and on few images
-and epochs, and measures in float32, on all test images, the accuracy without attack and under PGD. The radius
+and epochs, and measures in float32, on the test images, the accuracy without attack and under PGD. The radius
 is small, so that PGD leaves something to compare. Prints a Markdown table and writes it, with every number,
 to a JSON file and beside it. Stopped, it goes on where it was.
 """
@@ -33,6 +33,7 @@ class Config:
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
     data_dir: str = "data"
     limit: int | None = 10_000  # training images, class-balanced; none: all
+    test_images: int | None = None  # none: all
     results: str = "results/precision.json"  # the numbers, .md beside it, and the checkpoints in its folder
     # training
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -112,7 +113,9 @@ def main(config: Config) -> None:
     results = Path(config.results)
     utils.prepare_output(results)
     device = utils.select_device(config.device)
-    loaded = data.load(config.dataset, config.data_dir, device=device, splits=("test",))
+    loaded = data.load(
+        config.dataset, config.data_dir, limit=config.test_images, device=device, splits=("test",)
+    )
     runs = []
     for seed in config.seeds:
         for precision in PRECISIONS:
