@@ -199,6 +199,11 @@ def write(config, dataset, targets, trials, points, findings, progress):
     utils.write_text(config.results, to_json(config, *found, **more))
 
 
+def outputs(config):
+    """The files that an evaluation always writes, and the one of its curves."""
+    return [Path(config.results), *(beside(config, end) for end in (".csv", ".images.csv", ".curves.csv"))]
+
+
 def beside(config, suffix):
     """A path beside the results, with their name and another suffix."""
     path = Path(config.results)

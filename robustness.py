@@ -79,7 +79,8 @@ def main(config: Config) -> None:
             "python softmax_training.py makes the first, --checkpoints names others"
         )
     suite.check(config)
-    utils.prepare_output(config.results)
+    for output in reports.outputs(config):
+        utils.prepare_output(output)
     if config.save_images is not None:
         utils.prepare_output(Path(config.save_images) / "image")
     device = utils.select_device(config.device)

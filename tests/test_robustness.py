@@ -95,6 +95,20 @@ def test_the_published_columns_come_first():
     assert defaults.epsilon == 8 / 255
 
 
+def test_item_18_what_a_kill_left_of_any_report_is_cleaned_up(root, tmp_path, capsys):
+    stale = [tmp_path / f"r{suffix}.123.tmp" for suffix in (".json", ".csv", ".images.csv", ".curves.csv")]
+    for path in stale:
+        path.write_text("half of a rep")
+    run(capsys, config_of(root, tmp_path / "r.json", attacks=("fgsm",)))
+    assert (tmp_path / "r.images.csv").exists() and not any(path.exists() for path in stale)
+
+
+def test_item_20_every_report_is_probed_before_the_attacks_run(root, tmp_path):
+    (tmp_path / "r.images.csv").mkdir()
+    with pytest.raises(utils.FileSystemError, match=r"r\.images\.csv: is a directory"):
+        robustness.main(config_of(root, tmp_path / "r.json", checkpoints=("softmax",), attacks=("fgsm",)))
+
+
 def test_table_json_and_csv_say_the_same(root, tmp_path, capsys):
     """Each number is that of the bits of its images, and Worst is what all of them have in common."""
     config = config_of(root, tmp_path / "r.json", attacks=("fgsm", "pgd", "noise", "pgd-margin", "joint"))
