@@ -1,6 +1,7 @@
 """The joint loss, the prototypes' optimiser, one epoch and accuracy, against references written out."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -98,6 +99,26 @@ def test_item_35_modes_are_restored_module_by_module(model):
 def test_what_is_compiled(name, device, compiler, expected, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda program: "/bin/true" if compiler else None)
     assert training.compiles(name, torch.device(device)) == expected
+
+
+def test_the_step_and_the_attack_are_one_graph_each(dataset, model, tmp_path):
+    """Nothing in them breaks the graph, or a GPU would have to wait for Python in the middle."""
+    criterion = training.PrototypeConformityLoss(10, {"fc": 1024}, 1.0, 1e-4)
+    run = run_of(dataset, model, tmp_path, lambda *_: None, criterion, precision="bfloat16")
+    whole = functools.partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
+    images, labels = data.to_float(dataset.train.images), dataset.train.labels
+    state = copy.deepcopy(model.state_dict())
+    loss, _, correct = whole(run.losses)(images, labels)
+    model.load_state_dict(state)
+    expected, _, right = run.losses(images, labels)
+    torch.testing.assert_close(loss, expected)
+    assert correct == right
+    with run.autocast():
+        images.requires_grad_()
+        gradients = [
+            torch.autograd.grad(f(images).float().sum(), images)[0] for f in (whole(run.view), run.view)
+        ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_item_43_compiling_without_a_compiler_is_refused(monkeypatch):
