@@ -72,7 +72,8 @@ def margin(outputs: Any, labels: Tensor) -> Tensor:
 def dlr(outputs: Any, labels: Tensor) -> Tensor:
     """Difference of logits ratio, (N,): the margin over the first logit's lead on the third, so scale-free.
 
-    Croce & Hein 2020, eq. 6. Needs three classes or more.
+    Croce & Hein 2020, eq. 6. It is 1, and its gradient 0, wherever the true class comes third. Needs three
+    classes or more.
     """
     logits = _scores(outputs)
     if logits.shape[1] < 3:

@@ -131,7 +131,11 @@ def _about(label, target, trials, progress):
         zeros = ", ".join(
             f"{trial.title} {' / '.join(zero_shares(outcome, right))}" for trial, outcome in seen
         )
-        yield f"  gradient exactly zero first / ever / always, % of the images right without attack: {zeros}"
+        flat = "; DLR is flat where the true class comes third" if "DLR" in zeros else ""
+        yield (
+            "  gradient exactly zero first / ever / always, % of the images right without attack: "
+            f"{zeros}{flat}"
+        )
     found = margin_quantiles(done[0][1])
     shown = ", ".join(f"{value:.3g}" for value in found["quantiles"].values())
     yield (

@@ -377,3 +377,11 @@ def test_strong_attacks_see_through_masked_gradients(net, images_labels):
     assert fooled(attacks.apgd, loss=attacks.dlr, num_steps=20) > 0.9
     assert fooled(attacks.square, num_queries=200) > 0.9
     assert share(wrong(net, attacks.cw(loud, images[:16], labels[:16], num_steps=60), labels[:16])) > 0.9
+
+
+def test_dlr_is_flat_exactly_where_the_true_class_comes_third():
+    logits = torch.tensor([[5.0, 3.0, 1.0, 0.0]]).repeat(4, 1).requires_grad_()
+    values = attacks.dlr(logits, torch.arange(4))
+    (slope,) = torch.autograd.grad(values.sum(), logits)
+    assert values[2].item() == pytest.approx(1)
+    assert [bool((row == 0).all()) for row in slope] == [False, False, True, False]

@@ -127,7 +127,7 @@ def test_table_json_and_csv_say_the_same(root, tmp_path, capsys):
         assert 0 <= entry["worst"]["low"] <= entry["worst"]["accuracy"] <= entry["worst"]["high"] <= 100
         assert entry["attacks"]["pgd"]["max_delta"] <= 8 / 255
     assert table[1][-2] == "-"  # stage 1 has no joint loss
-    assert any("gradient exactly zero" in line for line in lines)
+    assert any("gradient exactly zero" in line and "DLR" not in line for line in lines)
     assert sum("  logit margin of the clean" in line for line in lines) == 2
 
     by_key = {(row["sha256"], row["attack"]): row for row in rows(tmp_path / "r.csv")}
@@ -354,3 +354,9 @@ def test_other_checkpoint_is_refused_on_resume(root, tmp_path, capsys):
     for changes in ({"checkpoints": (str(root / "softmax.pth.tar"),)}, {"epsilon": 0.1}, {"seed": 1}):
         with pytest.raises(utils.CheckpointError, match=f"begun with another {next(iter(changes))}"):
             robustness.main(dataclasses.replace(config, resume=True, **changes))
+
+
+def test_the_flat_part_of_dlr_is_told_where_its_zeros_are(root, tmp_path, capsys):
+    lines, _ = run(capsys, config_of(root, tmp_path / "r.json", ("pcl",), attacks=("pgd", "apgd-dlr")))
+    (line,) = [line for line in lines if "gradient exactly zero" in line]
+    assert "APGD-DLR" in line and line.endswith("DLR is flat where the true class comes third")
