@@ -31,9 +31,8 @@ class Config:
     overwrite: bool = False  # start anew over the run at save_to
     # model
     depth: int = 110  # 6n + 2; 110 as released (18 blocks a stage), 74 is the paper's 12
-    aux_dim: int = (
-        0  # width of the paper's branch on stage 2 (paper: 512), which then is layer2; 0: no branch
-    )
+    aux_dim: int = 0  # width of the paper's branch on stage 2, which then is layer2 (paper: 512); 0: none
+    fc_dim: int = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
     # optimisation
     epochs: int = 500  # paper: 300
     batch_size: int = 64  # clean images a batch, and as many adversarial ones
@@ -71,7 +70,7 @@ def main(config: Config) -> None:
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
     dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device)
-    model = resnet(len(dataset.classes), config.depth, config.aux_dim).to(device)
+    model = resnet(len(dataset.classes), config.depth, config.aux_dim, config.fc_dim).to(device)
     training.start_from(model, config, dataset)
     criterion = training.PrototypeConformityLoss(
         len(dataset.classes),

@@ -97,13 +97,13 @@ def _stage(block: type, in_channels: int, channels: int, blocks: int, stride: in
 class ResNet(nn.Module):
     """A three-stage ResNet for 32 x 32 images (any size works); made by `resnet`, which checks the arguments.
 
-    depth, num_classes, aux_dim: as given.
+    depth, num_classes, aux_dim, fc_dim: as given.
     feat_dims: width of each supervised feature by its name in `Outputs`, shallow to deep.
     """
 
-    def __init__(self, num_classes: int, depth: int, aux_dim: int = 0) -> None:
+    def __init__(self, num_classes: int, depth: int, aux_dim: int, fc_dim: int) -> None:
         super().__init__()
-        self.num_classes, self.depth, self.aux_dim = num_classes, depth, aux_dim
+        self.num_classes, self.depth, self.aux_dim, self.fc_dim = num_classes, depth, aux_dim, fc_dim
         block = Bottleneck if depth >= BOTTLENECK_FROM else BasicBlock
         blocks = (depth - 2) // 6
         width1, width2, width3 = (width * block.expansion for width in STAGE_WIDTHS)
@@ -113,10 +113,10 @@ class ResNet(nn.Module):
         self.layer1 = _stage(block, STAGE_WIDTHS[0], STAGE_WIDTHS[0], blocks, stride=1)
         self.layer2 = _stage(block, width1, STAGE_WIDTHS[1], blocks, stride=2)
         self.layer3 = _stage(block, width2, STAGE_WIDTHS[2], blocks, stride=2)
-        self.fc = nn.Linear(width3, FC_DIM)
-        self.fcf = nn.Linear(FC_DIM, num_classes)
+        self.fc = nn.Linear(width3, fc_dim)
+        self.fcf = nn.Linear(fc_dim, num_classes)
         self.aux = nn.Linear(width2, aux_dim) if aux_dim else None
-        self.feat_dims = {"layer2": aux_dim or width2, "layer3": width3, "fc": FC_DIM}
+        self.feat_dims = {"layer2": aux_dim or width2, "layer3": width3, "fc": fc_dim}
 
         # Not persistent: the released state_dict has no such keys.
         self.register_buffer("mean", torch.tensor(CHANNEL_MEAN).view(1, 3, 1, 1), persistent=False)
@@ -142,7 +142,7 @@ class ResNet(nn.Module):
         return self(images).logits
 
 
-def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0) -> ResNet:
+def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0, fc_dim: int = FC_DIM) -> ResNet:
     """Make a ResNet with fresh weights: He's fan-out normal convolutions, the rest as PyTorch draws it.
 
     num_classes: from 2 up.
@@ -151,6 +151,7 @@ def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0) -> ResNet:
     aux_dim: width of the paper's auxiliary branch on the second stage (Table 1: GAP, then FC(512)). Where it
         is not 0, parameters `aux.weight` and `aux.bias` exist and the branch takes the place of `layer2` in
         `Outputs`.
+    fc_dim: width of the penultimate layer, the feature `fc`: 1024 in the paper, 2 in its Figure 1.
     Raises ValueError when an argument is none of these.
     """
     if not _is_int(depth) or depth < 8 or depth % 6 != 2:
@@ -159,7 +160,9 @@ def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0) -> ResNet:
         raise ValueError(f"num_classes {num_classes!r}: must be a whole number from 2 up")
     if not _is_int(aux_dim) or aux_dim < 0:
         raise ValueError(f"aux_dim {aux_dim!r}: must be 0 (no auxiliary branch) or a width, such as 512")
-    return ResNet(num_classes, depth, aux_dim)
+    if not _is_int(fc_dim) or fc_dim < 1:
+        raise ValueError(f"fc_dim {fc_dim!r}: must be a whole number from 1 up")
+    return ResNet(num_classes, depth, aux_dim, fc_dim)
 
 
 def _is_int(value: object) -> bool:
@@ -183,17 +186,19 @@ def clean_state_dict(state_dict: dict) -> dict:
 
 
 def network_of(state_dict: dict) -> dict[str, int]:
-    """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim.
+    """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim, fc_dim.
 
     Keys and shapes decide, and all of them must fit; wrappers' prefixes do not matter, nor does the lack of
     the batch counters that early versions of PyTorch did not save. Raises ValueError when no network fits.
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})
-    num_classes, aux_dim = (next(iter(shapes.get(key, ())), 0) for key in ("fcf.weight", "aux.weight"))
-    if not blocks or num_classes < 2:
-        raise ValueError("not a ResNet of this project: its weights lack layer1 or fcf")
-    arguments = {"depth": 6 * blocks + 2, "num_classes": num_classes, "aux_dim": aux_dim}
+    num_classes, aux_dim, fc_dim = (
+        next(iter(shapes.get(key, ())), 0) for key in ("fcf.weight", "aux.weight", "fc.weight")
+    )
+    if not blocks or num_classes < 2 or not fc_dim:
+        raise ValueError("not a ResNet of this project: its weights lack layer1, fc.weight or fcf.weight")
+    arguments = {"depth": 6 * blocks + 2, "num_classes": num_classes, "aux_dim": aux_dim, "fc_dim": fc_dim}
 
     name = f"ResNet-{arguments['depth']}"
     with torch.device("meta"):  # shapes without memory, and without drawing from the random generator

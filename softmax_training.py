@@ -28,6 +28,7 @@ class Config:
     overwrite: bool = False  # start anew over the run at save_to
     # model
     depth: int = 110  # 6n + 2; 110 as released (18 blocks a stage), 74 is the paper's 12
+    fc_dim: int = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
     # optimisation
     epochs: int = 164  # paper: 200
     batch_size: int = 128  # paper: 256
@@ -54,7 +55,7 @@ def main(config: Config) -> None:
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
     dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device)
-    model = resnet(len(dataset.classes), config.depth).to(device)
+    model = resnet(len(dataset.classes), config.depth, fc_dim=config.fc_dim).to(device)
     criterion = training.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
         model.parameters(),

@@ -26,6 +26,7 @@ from resnet_model import clean_state_dict, folded, network_of
 EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
 WATCH_EVERY = 50  # batches between looks at the loss where a look waits for the device
 RUNAWAY_WARNING, RUNAWAY_STOP = 1e5, 1e9  # size of a loss term that is suspicious, and one that is lost
+NETWORK = ("depth", "num_classes", "aux_dim", "fc_dim")  # what a checkpoint says of its network
 LAST_GOOD = 3  # batches before a lost one whose loss terms are told
 
 # What may differ between a run and its continuation; everything else identifies the run.
@@ -542,7 +543,7 @@ class Run:
         finished = self.epoch >= self.config.epochs
         state = {
             "script": script_name(self.config),
-            "network": {name: getattr(self.model, name) for name in ("depth", "num_classes", "aux_dim")},
+            "network": {name: getattr(self.model, name) for name in NETWORK},
             "classes": list(self.dataset.classes),
             "data": self.data,
             "config": config_dict(self.config),

@@ -258,6 +258,7 @@ RULES = {
     ),
     "seed": (lambda v: 0 <= v < 2**63, "is a whole number from 0 to 2^63 - 1"),
     "aux_dim": (lambda v: v >= 0, "is a whole number from 0 up; 0 is without the branch"),
+    "fc_dim": (lambda v: v >= 1, "is a whole number from 1 up; 1024 in the paper, 2 in its Figure 1"),
     "depth": (lambda v: v >= 8 and v % 6 == 2, "is 6n + 2: 8, 14, 20, ... 110"),
     **dict.fromkeys(
         ("save_every_minutes", "max_minutes"), (lambda v: v > 0, "is a number of minutes above 0")

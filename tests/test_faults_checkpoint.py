@@ -161,7 +161,7 @@ def test_items_9_and_10_the_authors_format_and_wrappers_prefixes_load(tmp_path, 
         state = {"epoch": 3, "state_dict": weights, "optimizer_model": {"state": {}, "param_groups": []}}
         torch.save(state, path, _use_new_zipfile_serialization=False)  # as torch did in 2019
         _, read, arguments = training.read_network(path)
-        assert arguments == {"depth": 8, "num_classes": 3, "aux_dim": 0}
+        assert arguments == {"depth": 8, "num_classes": 3, "aux_dim": 0, "fc_dim": 1024}
         assert all(torch.equal(read[name], value) for name, value in network.state_dict().items())
 
 
@@ -382,7 +382,8 @@ def trained(tmp_path, network):
     }
     state = {
         "script": "pcl_training", "config": config, "classes": ["ä", "b", "c"], "epoch": 7, "finished": True,
-        "network": {"depth": 8, "num_classes": 3, "aux_dim": 0}, "history": [{"epoch": 7, "lr": 0.1}],
+        "network": {"depth": 8, "num_classes": 3, "aux_dim": 0, "fc_dim": 1024},
+        "history": [{"epoch": 7, "lr": 0.1}],
         "state_dict": model.state_dict(), "criterion": criterion.state_dict(),
         "optimizer": optimizer.state_dict(), "log": ["a line of /home/someone"], "data": {"name": "folder"},
     }  # fmt: skip

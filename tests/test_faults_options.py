@@ -107,6 +107,7 @@ BAD = [
     *(("log_to", value) for value in ("metrics.csv", "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar")),
     *(("resume", value) for value in (1, "yes", None)),
     *(("aux_dim", value) for value in (-1, 1.0)),
+    *(("fc_dim", value) for value in (0, -1, 2.0)),
     *(("eval_every", value) for value in (0, -1)),
     *(("gamma", value) for value in (0, float("nan"))),
 ]

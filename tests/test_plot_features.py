@@ -153,17 +153,18 @@ def test_the_sign_of_an_axis_hangs_on_nothing_but_the_axis(seed, count, width):
         torch.testing.assert_close(plot_features.principal_axes(same)[1], axes, rtol=0, atol=1e-3)
 
 
-def test_two_units_are_drawn_as_they_are(tmp_path, dataset):
-    path = checkpoint(tmp_path / "two.pth.tar", "pcl_training", ("layer2",), aux_dim=2)
-    config = Config(**PIXELS, layer="layer2", checkpoints=(path,))
+@pytest.mark.parametrize(("layer", "width"), [("layer2", {"aux_dim": 2}), ("fc", {"fc_dim": 2})])
+def test_two_units_are_drawn_as_they_are(layer, width, tmp_path, dataset):
+    path = checkpoint(tmp_path / "two.pth.tar", "pcl_training", (layer,), **width)
+    config = Config(**PIXELS, layer=layer, checkpoints=(path,))
     target = evaluation.load_target(path, torch.device("cpu"), dataset.classes)
     column = plot_features.make_column(config, target, dataset)
     with torch.no_grad():
-        features = target.judge(data.to_float(dataset.test.images)).layer2
+        features = getattr(target.judge(data.to_float(dataset.test.images)), layer)
     torch.testing.assert_close(column.points["clean"].float(), features, rtol=1e-4, atol=1e-5)
     assert column.numbers["clean"]["shown"] == pytest.approx(100)
     assert torch.equal(
-        column.prototypes.float(), utils.load_checkpoint(path)["criterion"]["proximity.layer2.centers"]
+        column.prototypes.float(), utils.load_checkpoint(path)["criterion"][f"proximity.{layer}.centers"]
     )
 
 

@@ -145,6 +145,7 @@ def test_features_have_the_widths_the_network_names(depth, aux_dim, widths, size
         *[({"depth": depth}, "6n + 2") for depth in (0, 2, -4, 7, 109, 111, 110.0, "110", None, True)],
         *[({"num_classes": classes}, "from 2 up") for classes in (0, 1, -3, 10.0, "10", True)],
         *[({"aux_dim": width}, "0 (no auxiliary branch)") for width in (-1, 2.5, None)],
+        *[({"fc_dim": width}, "from 1 up") for width in (-1, 0, 2.5, None, True)],
     ],
 )
 def test_bad_arguments_are_refused_with_what_is_allowed(arguments, named):
@@ -296,7 +297,7 @@ def test_weights_saved_from_a_wrapper_come_back(wrap):
     weights = torch.load(file, weights_only=True)["state_dict"]
     assert wrap == "neither" or not set(weights) & set(model.state_dict())
 
-    assert network_of(weights) == {"depth": 44, "num_classes": 6, "aux_dim": 0}
+    assert network_of(weights) == {"depth": 44, "num_classes": 6, "aux_dim": 0, "fc_dim": 1024}
     restored = resnet(**network_of(weights)).eval()
     restored.load_state_dict(clean_state_dict(weights))
     for output, expected in zip(restored(images), model(images), strict=True):
@@ -308,11 +309,12 @@ def test_weights_saved_from_a_wrapper_come_back(wrap):
     depth=st.sampled_from([8, 14, 20, 38, 44, 50]),
     num_classes=st.integers(2, 200),
     aux_dim=st.sampled_from([0, 1, 128, 512]),
+    fc_dim=st.sampled_from([1, 2, 1024]),
 )
-def test_weights_tell_their_network(depth, num_classes, aux_dim):
+def test_weights_tell_their_network(depth, num_classes, aux_dim, fc_dim):
     with torch.device("meta"):
-        weights = resnet(num_classes, depth, aux_dim).state_dict()
-    arguments = {"depth": depth, "num_classes": num_classes, "aux_dim": aux_dim}
+        weights = resnet(num_classes, depth, aux_dim, fc_dim).state_dict()
+    arguments = {"depth": depth, "num_classes": num_classes, "aux_dim": aux_dim, "fc_dim": fc_dim}
     assert network_of(weights) == arguments
     early = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
     assert network_of(early) == arguments
@@ -344,8 +346,8 @@ def reshaped(key, *shape):
 @pytest.mark.parametrize(
     "spoil, named",
     [
-        (dict.clear, "layer1 or fcf"),
-        (without("fcf.weight"), "layer1 or fcf"),
+        (dict.clear, "layer1, fc.weight or fcf.weight"),
+        (without("fcf.weight"), "layer1, fc.weight or fcf.weight"),
         (without("fc.bias"), "fc.bias is missing"),
         (without("layer3.1.bn2.running_var"), "layer3.1.bn2.running_var is missing"),
         (lambda weights: weights.update({"layer2.0.conv3.weight": torch.zeros(1)}), "layer2.0.conv3.weight"),
