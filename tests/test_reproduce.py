@@ -18,7 +18,7 @@ CHECKPOINTS = (
     "Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar",
     "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar",
 )
-SECONDS = 8  # of a slice: enough to begin a stage in, not for all five
+SECONDS = 8  # of the first slices: enough to begin a stage in, not for all five; on a slow machine they grow
 
 
 def reproduce(folder, *arguments):
@@ -39,10 +39,12 @@ def reproduce(folder, *arguments):
 def test_in_slices_on_bare_machines_it_ends_where_it_ends_in_one_go(tmp_path):
     whole, carried = tmp_path / "whole", tmp_path / "carried"
     assert reproduce(whole) == "complete"
-    for number in range(1, 12):
+    for number in range(1, 16):
         machine = tmp_path / f"machine {number}"
-        if reproduce(machine, SECONDS / 60, carried) == "complete":
+        if reproduce(machine, SECONDS * 2 ** (number // 5) / 60, carried) == "complete":
             break
+    else:
+        pytest.fail("it never came to an end")
     assert number > 1, "one slice did it all"
     for checkpoint in CHECKPOINTS:
         assert soak.compare(whole / checkpoint, machine / checkpoint) == []
