@@ -164,9 +164,11 @@ def _warnings(found, attacked):
             "  WARNING, masked gradients: counted as robust for want of any gradient: "
             f"{', '.join(masked)}; believe Worst, with pgd-margin, apgd-dlr and square among the --attacks"
         )
+    # AutoAttack wins by its number of targets, too: that tells nothing of the loss.
+    single = [(t, o) for t, o in attacked if t.bounded and t.key != "autoattack"]
     lowest = {
-        kind: min(((o.accuracy, t.title) for t, o in attacked if t.bounded and (t.key in SATURABLE) == kind))
-        for kind in {t.key in SATURABLE for t, _ in attacked if t.bounded}
+        kind: min((o.accuracy, t.title) for t, o in single if (t.key in SATURABLE) == kind)
+        for kind in {t.key in SATURABLE for t, _ in single}
     }
     if len(lowest) == 2 and lowest[True][0] > lowest[False][0] + 1:
         (plain, name), (other, better) = lowest[True], lowest[False]
