@@ -233,6 +233,18 @@ def test_every_table_says_what_masks_gradients(plain):
     assert "above 104: " in notes["masked"]
 
 
+@pytest.mark.parametrize(("key", "warned"), [("pgd-margin", True), ("autoattack", False)])
+def test_autoattack_beating_cross_entropy_says_nothing_of_the_loss(key, warned):
+    """It tries every other class as a target; a single attack on another loss has no such excuse."""
+    half, none = torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)
+    attacked = [(evaluation.Trial(name, name, 8 / 255), evaluation.Outcome()) for name in ("pgd", key)]
+    for (_, outcome), correct in zip(attacked, (half, none), strict=True):
+        outcome.extend(**dict.fromkeys(evaluation.COLUMNS, correct))
+        outcome.columns["zero_always"] = none
+    found = {"above_17": 0.0, "above_104": 0.0}
+    assert any("losses differ" in line for line in reports._warnings(found, attacked)) == warned
+
+
 def test_finding_is_one_line(plain):
     finding = sanity.deterministic(torch.zeros(2, 3), torch.ones(2, 3))
     assert finding.status == "FAIL"
