@@ -20,7 +20,7 @@ import training
 import utils
 from resnet_model import folded, resnet
 
-FORMAT = 2  # of the file that a stopped evaluation leaves
+FORMAT = 3  # of the file that a stopped evaluation leaves; 3: images draw by their number, not by block
 LABELS = {  # what a checkpoint's row is called, by the script that made it
     "softmax_training": "Softmax",
     "pcl_training": "PCL",

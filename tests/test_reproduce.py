@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import robustness
 from benchmarks import soak
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINTS = (
-    "Models_Softmax/CIFAR10_Softmax.pth.tar",
-    "Models_PCL/CIFAR10_PCL.pth.tar",
-    "Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar",
-    "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar",
-)
 SECONDS = 8  # of the first slices: enough to begin a stage in, not for all five; on a slow machine they grow
 
 
@@ -46,7 +41,7 @@ def test_in_slices_on_bare_machines_it_ends_where_it_ends_in_one_go(tmp_path):
     else:
         pytest.fail("it never came to an end")
     assert number > 1, "one slice did it all"
-    for checkpoint in CHECKPOINTS:
+    for checkpoint in robustness.DEFAULT_CHECKPOINTS:
         assert soak.compare(whole / checkpoint, machine / checkpoint) == []
         assert soak.compare(whole / checkpoint, carried / checkpoint) == []
     rows = [
