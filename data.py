@@ -10,6 +10,7 @@ caller seeds, so a run can be repeated, or resumed in the middle of an epoch, wh
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import http.client
 import io
@@ -18,7 +19,7 @@ import pickle
 import socket
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -33,6 +34,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from tqdm import tqdm
 
 SPLITS = ("train", "test")
+Choice = Callable[[np.ndarray], np.ndarray]  # of a split's labels: the indices of the images to keep
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -57,12 +59,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: its class names in the order of the labels, and its splits (None: not asked for)."""
+    """A data set: its class names in the order of the labels, and its splits (None: not asked for).
+
+    holdout: where not 0, `test` is that many images held out of the training images, and no test image.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Split | None
     test: Split | None
+    holdout: int = 0
+
+    @property
+    def tested(self) -> str:
+        """What to call the images of `test`."""
+        return "held-out training" if self.holdout else "test"
 
 
 def load(
@@ -70,6 +81,7 @@ def load(
     data_dir: str | Path,
     *,
     limit: int | None = None,
+    holdout: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
     splits: Sequence[str] = SPLITS,
@@ -78,7 +90,9 @@ def load(
 
     `cifar10` is read from DATA_DIR/cifar-10-batches-py, downloaded when it is not there; `folder` from
     DATA_DIR/{train,test}/<class>/<image files>; `synthetic` is made from `seed`, the only one to use it.
-    `limit` keeps that many images of each split, the first of each class, in their order. Raises DataError.
+    `limit` keeps that many images of each split, the first of each class, in their order. `holdout` takes the
+    last so many training images, class-balanced, away from the training images and gives them in place of the
+    test images, which are not read: to choose settings by. Raises DataError.
     """
     if dataset not in _READERS:
         near = difflib.get_close_matches(dataset, _READERS, 1, 0)
@@ -91,10 +105,11 @@ def load(
     root = Path(data_dir).expanduser()
     loaded = {}
     for split in splits:
-        classes, images, labels = _READERS[dataset](root, split, limit, seed)
+        choose = functools.partial(_choose, split=split, limit=limit, holdout=holdout)
+        classes, images, labels = _READERS[dataset](root, "train" if holdout else split, choose, seed)
         loaded[split] = Split(images.to(device), labels.to(device))
     _check(root, classes, loaded)
-    return Dataset(dataset, classes, loaded.get("train"), loaded.get("test"))
+    return Dataset(dataset, classes, loaded.get("train"), loaded.get("test"), holdout)
 
 
 def _check(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
@@ -112,6 +127,22 @@ def _check(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> No
             f"images in {root / 'test'} are {sizes['test']} pixels, in {root / 'train'} {sizes['train']}; "
             "resize those of one of them"
         )
+
+
+def _choose(labels: np.ndarray, split: str, limit: int | None, holdout: int) -> np.ndarray:
+    """Return the sorted indices of the images that `load` gives as `split`; `labels` are those of all."""
+    if not holdout:
+        return balanced_indices(labels, limit, split)
+    if not 0 < holdout < len(labels):
+        raise DataError(
+            f"holdout {holdout} is out of bounds: of {len(labels)} training images, 1 to {len(labels) - 1} "
+            "can be held out"
+        )
+    held_out = np.sort(len(labels) - 1 - balanced_indices(labels[::-1], holdout, "train"))
+    if split == "test":
+        return held_out[balanced_indices(labels[held_out], limit and min(limit, holdout), split)]
+    rest = np.setdiff1d(np.arange(len(labels)), held_out)
+    return rest[balanced_indices(labels[rest], limit, split)]
 
 
 def balanced_indices(labels: np.ndarray, limit: int | None, split: str) -> np.ndarray:
@@ -136,14 +167,14 @@ def balanced_indices(labels: np.ndarray, limit: int | None, split: str) -> np.nd
 # CIFAR-10, in the binary format of its authors
 
 
-def _read_cifar10(root: Path, split: str, limit: int | None, seed: int):
+def _read_cifar10(root: Path, split: str, choose: Choice, seed: int):
     folder = root / CIFAR10.base_folder
     files = CIFAR10.train_list if split == "train" else CIFAR10.test_list
     if not all((folder / name).exists() for name, _ in files):
         _download_cifar10(root)
     batches = [_unpickle(folder / name, md5) for name, md5 in files]
     labels = np.concatenate([np.asarray(batch["labels"], dtype=np.int64) for batch in batches])
-    keep = balanced_indices(labels, limit, split)
+    keep = choose(labels)
     images = np.concatenate([batch["data"] for batch in batches])[keep].reshape(-1, 3, 32, 32)
     return CIFAR10_CLASSES, torch.from_numpy(images), torch.from_numpy(labels[keep])
 
@@ -189,7 +220,7 @@ def _one_line(error: BaseException) -> str:
 # Folders of images
 
 
-def _read_folder(root: Path, split: str, limit: int | None, seed: int):
+def _read_folder(root: Path, split: str, choose: Choice, seed: int):
     classes = _folder_classes(root, split)
     other = "test" if split == "train" else "train"
     if (root / other).is_dir() and (odd := set(classes) ^ set(_folder_classes(root, other))):
@@ -207,7 +238,7 @@ def _read_folder(root: Path, split: str, limit: int | None, seed: int):
                 f"class folder {root / split / name} holds no image ({' '.join(IMG_EXTENSIONS)}); "
                 f"fill it, or delete it in both train and test"
             )
-    keep = balanced_indices(labels, limit, split)
+    keep = choose(labels)
     images = _read_images([listing[i][0] for i in keep], split)
     return classes, torch.from_numpy(images), torch.from_numpy(labels[keep])
 
@@ -266,17 +297,16 @@ _SINES = torch.tensor(
 )
 
 
-def _read_synthetic(root: Path, split: str, limit: int | None, seed: int):
-    """Make the split from `seed`; the classes take turns, so its first images are already balanced."""
-    total = SYNTHETIC_SIZES[split]
-    labels = np.arange(total) % len(SHAPES)
-    count = len(balanced_indices(labels, limit, split))
+def _read_synthetic(root: Path, split: str, choose: Choice, seed: int):
+    """Make the split from `seed`, as far as it is needed; the classes take turns."""
+    labels = np.arange(SYNTHETIC_SIZES[split]) % len(SHAPES)
+    keep = choose(labels)
     chunks = []
-    for chunk in range(-(-count // CHUNK)):
+    for chunk in range(keep[-1] // CHUNK + 1):
         digest = hashlib.blake2b(f"{split} {chunk} {seed}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         chunks.append(_draw_shapes(torch.from_numpy(labels[chunk * CHUNK : (chunk + 1) * CHUNK]), generator))
-    return SHAPES, torch.cat(chunks)[:count].contiguous(), torch.from_numpy(labels[:count])
+    return SHAPES, torch.cat(chunks)[torch.from_numpy(keep)], torch.from_numpy(labels[keep])
 
 
 def _draw_shapes(labels: torch.Tensor, generator: torch.Generator, size: int = 32) -> torch.Tensor:

@@ -24,6 +24,7 @@ class Config:
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
     limit: int | None = None  # the first so many images of each split, class-balanced; none: all
+    holdout: int = 0  # training images held out and measured in place of the test images, to choose settings
     init_from: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"  # stage 1's checkpoint
     save_to: str = "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar"  # the checkpoint
     log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
@@ -69,7 +70,9 @@ class Config:
 def main(config: Config) -> None:
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
-    dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device)
+    dataset = data.load(
+        config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
+    )
     model = resnet(len(dataset.classes), config.depth, config.aux_dim, config.fc_dim).to(device)
     training.start_from(model, config, dataset)
     criterion = training.PrototypeConformityLoss(

@@ -98,7 +98,7 @@ def to_markdown(targets, trials, progress):
 
 def footnotes(config, dataset, targets, trials, progress):
     """The settings under a table, line by line, and what the results say of themselves."""
-    images = f"{len(dataset.test):,} test images of {dataset.name}"
+    images = f"{len(dataset.test):,} {dataset.tested} images of {dataset.name}"
     rule = "" if config.predict == "softmax" else "; predicted by the nearest prototype (Eq. 6)"
     yield (
         f"Accuracy in percent on {images}; L-infinity, epsilon {in_255ths(config.epsilon)}; "
@@ -342,6 +342,7 @@ def model_card(config, dataset, target, trials, progress):
     accuracies = {t.key: progress.of(target, t).accuracy for t in trials if t.applies_to(target)}
     bounded = [accuracies[t.key] for t in trials if t.key in accuracies and t.bounded]
     autoattack = accuracies.get("autoattack")
+    images = f"{len(dataset.test):,} {dataset.tested} images"
     card = {
         "link": "https://arxiv.org/abs/1904.00887",
         "name": "Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks",
@@ -355,7 +356,7 @@ def model_card(config, dataset, target, trials, progress):
         "clean_acc": f"{accuracies[CLEAN]:.2f}",
         "reported": f"{min(bounded):.2f}",
         "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
-        "footnote": f"{target.label}, retrained; sha256 {target.sha256}; {len(dataset.test):,} test images.",
+        "footnote": f"{target.label}, retrained; sha256 {target.sha256}; {images}.",
         "unreliable": bool(percent(robust(target, trials, progress)) < min(bounded)),
     }
     return json.dumps(card, indent=2) + "\n"

@@ -24,6 +24,7 @@ import pictures
 import reports
 import sanity
 import suite
+import training
 import utils
 
 DEFAULT_CHECKPOINTS = (
@@ -40,6 +41,7 @@ class Config:
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
     limit: int | None = None  # the first so many test images, class-balanced; none: all
+    holdout: int = 0  # measure on the training images that the training with this --holdout left out
     checkpoints: tuple[str, ...] = ()  # the files to measure; none given: the default ones that exist
     source_checkpoint: str | None = None  # the network on which `transfer` makes its images
     results: str = "results/robustness.json"  # the numbers with all settings and versions; CSV files beside
@@ -88,8 +90,17 @@ def main(config: Config) -> None:
         config = dataclasses.replace(config, batch_size=500 if device.type == "cuda" else 100)
     for path in paths:
         utils.check_file(path)
-    dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device, splits=("test",))
+    dataset = data.load(
+        config.dataset,
+        config.data_dir,
+        limit=config.limit,
+        holdout=config.holdout,
+        device=device,
+        splits=("test",),
+    )
     targets = [evaluation.load_target(path, device, dataset.classes, config.predict) for path in paths]
+    for target in targets:
+        training.check_holdout(target.origin, target.path, dataset)
     source = None
     if config.source_checkpoint is not None:
         source = evaluation.load_target(config.source_checkpoint, device, dataset.classes)

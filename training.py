@@ -232,11 +232,21 @@ def check_classes(state, path, classes):
         )
 
 
+def check_holdout(state, path, dataset):
+    """Raise CheckpointError when a checkpoint says it was trained on the images that `dataset` holds out."""
+    before = (state.get("config") or {}).get("holdout", 0)
+    if dataset.holdout and "config" in state and before != dataset.holdout:
+        raise utils.CheckpointError(
+            f"{path}: trained with holdout {before}, so on images that holdout {dataset.holdout} keeps for "
+            f"measuring; train it with --holdout {dataset.holdout} as well"
+        )
+
+
 def start_from(model, config, dataset):
     """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already.
 
-    Raises CheckpointError when depth, class count or class names differ. An auxiliary branch that stage 1 did
-    not have keeps its fresh weights.
+    Raises CheckpointError when depth, class count, class names or held-out images differ. An auxiliary branch
+    that stage 1 did not have keeps its fresh weights.
     """
     if config.resume and utils.any_checkpoint(config.save_to):
         return
@@ -249,9 +259,11 @@ def start_from(model, config, dataset):
                 "was trained with or another --init-from"
             )
     check_classes(state, path, dataset.classes)
+    check_holdout(state, path, dataset)
     model.load_state_dict({**model.state_dict(), **weights})
     percent = accuracy(model, dataset.test)
-    utils.say(f"starting from {path}, epoch {state.get('epoch', '?')}, test accuracy {percent:.2f} %")
+    epoch = state.get("epoch", "?")
+    utils.say(f"starting from {path}, epoch {epoch}, right on {percent:.2f} % of the {dataset.tested} images")
 
 
 # ---------------------------------------------------------------- one run
@@ -343,8 +355,8 @@ class Run:
         parameters = sum(p.numel() for p in self.model.parameters())
         self.say(
             f"{name}: depth {self.model.depth}, {parameters:,} parameters, {self.precision} on "
-            f"{self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} test "
-            f"images of {self.dataset.name}; seed {self.config.seed}"
+            f"{self.device}; {len(self.dataset.train):,} training and {len(self.dataset.test):,} "
+            f"{self.dataset.tested} images of {self.dataset.name}; seed {self.config.seed}"
         )
         self.say(header_row(self.columns()))
 

@@ -256,6 +256,7 @@ RULES = {
         ("epochs", "batch_size", "num_steps", "restarts", "eval_every", "limit"),
         (lambda v: v >= 1, "is a whole number from 1 up"),
     ),
+    "holdout": (lambda v: v >= 0, "is a number of training images, 0 to hold out none"),
     "seed": (lambda v: 0 <= v < 2**63, "is a whole number from 0 to 2^63 - 1"),
     "aux_dim": (lambda v: v >= 0, "is a whole number from 0 up; 0 is without the branch"),
     "fc_dim": (lambda v: v >= 1, "is a whole number from 1 up; 1024 in the paper, 2 in its Figure 1"),

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import pickle
+import shutil
 import tarfile
 from collections import Counter
 
@@ -314,6 +315,38 @@ def test_a_limit_keeps_the_first_images_of_each_class(cifar):
         assert torch.equal(some.images, all_of.images[kept])
         assert torch.equal(some.labels, all_of.labels[kept])
         assert sorted(Counter(some.labels.tolist()).values()) == [1] * 7 + [2] * 3
+
+
+@pytest.mark.parametrize("count, limit", [(1, None), (13, None), (99, None), (30, 7), (5, 20)])
+def test_held_out_images_are_the_last_of_each_class_and_nothing_else_changes(cifar, count, limit):
+    (cifar / "cifar-10-batches-py" / "test_batch").write_bytes(b"never read")
+    images, labels = (
+        getattr(data.load("cifar10", cifar, splits=("train",)).train, n) for n in ("images", "labels")
+    )
+    held = data.load("cifar10", cifar, holdout=count, limit=limit)
+    backwards = [len(labels) - 1 - i for i in round_robin(labels.flip(0).tolist(), count)]
+    out = sorted(backwards)
+    rest = [i for i in range(len(labels)) if i not in out]
+    for split, whole in ((held.test, out), (held.train, rest)):
+        kept = [whole[i] for i in round_robin(labels[whole].tolist(), min(limit or len(whole), len(whole)))]
+        assert torch.equal(split.images, images[kept]) and torch.equal(split.labels, labels[kept])
+    alone = data.load("cifar10", cifar, holdout=count, limit=limit, splits=("test",))
+    assert torch.equal(alone.test.images, held.test.images)
+    assert (alone.tested, data.load("synthetic", "", limit=10).tested) == ("held-out training", "test")
+
+
+@pytest.mark.parametrize("dataset, size", [("cifar10", 100), ("synthetic", 10_000)])
+def test_as_many_images_as_there_are_cannot_be_held_out(cifar, dataset, size):
+    assert f"of {size} training images, 1 to {size - 1} can" in refusal(dataset, cifar, holdout=size)
+    assert len(data.load(dataset, cifar, holdout=size - 1).train) == 1
+
+
+def test_images_held_out_of_a_folder_need_no_test_folder(folders):
+    shutil.rmtree(folders / "test")
+    whole = data.load("folder", folders, splits=("train",)).train
+    held = data.load("folder", folders, holdout=3)
+    assert len(held.test) == 3 and len(held.train) == len(whole) - 3
+    assert sorted(held.test.labels.tolist()) == [0, 1, 2]
 
 
 def round_robin(labels, limit):

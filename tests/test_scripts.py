@@ -153,6 +153,37 @@ def test_stage_2_refuses_a_network_of_another_depth_or_class_count(pipeline, fol
     assert done.returncode == 4 and "num_classes 2, not 10" in done.stderr
 
 
+def test_settings_can_be_chosen_without_a_test_image(pipeline, folder, tmp_path):
+    (tmp_path / "train").symlink_to(folder / "train")
+    held_out = ("--dataset", "folder", "--data-dir", tmp_path, "--holdout", 10)
+    done = [
+        run(script, *held_out, "--depth", 8, "--epochs", 1, "--batch-size", 16, cwd=tmp_path)
+        for script in SCRIPTS[:2]
+    ]
+    done.append(run("robustness", *held_out, "--limit", 4, "--attacks", "fgsm", cwd=tmp_path))
+    assert [process.returncode for process in done] == [0, 0, 0], [process.stderr for process in done]
+    assert "38 training and 10 held-out training images of folder" in done[1].stdout
+    assert "% of the held-out training images" in done[1].stdout
+    assert "on 4 held-out training images of folder" in done[2].stdout
+
+    trained_on_all = pipeline[0] / CHECKPOINTS[0]
+    for process in (
+        run(
+            "pcl_training",
+            *held_out,
+            "--depth",
+            8,
+            "--init-from",
+            trained_on_all,
+            "--overwrite",
+            cwd=tmp_path,
+        ),
+        run("robustness", *held_out, "--checkpoints", trained_on_all, cwd=tmp_path),
+    ):
+        assert process.returncode == 4 and process.stderr.count("\n") == 1
+        assert "trained with holdout 0" in process.stderr
+
+
 def test_the_pcl_scripts_differ_in_the_science_alone():
     """`diff` between two of them shows what is trained on, and nothing else."""
 
