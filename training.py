@@ -280,7 +280,7 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
     run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
     if not run.open():
         return
-    with utils.StopSignals() as stop:
+    with utils.hold(run.log_path), utils.StopSignals() as stop:
         while run.epoch < config.epochs:
             run.train_epoch(stop)
             run.close_epoch()
@@ -327,6 +327,8 @@ class Run:
         self.data = describe(self.dataset)
         for output in (path, self.log_path, self.log_path.with_suffix(".csv")):
             utils.prepare_output(output)
+        if self.log_path.exists():
+            utils.hold(self.log_path).close()  # not held by a run under way
         if config.resume and utils.any_checkpoint(path):
             warnings = []
             self.restore(utils.load_newest(path, warn=warnings.append))

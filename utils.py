@@ -531,6 +531,26 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def hold(path):
+    """Open a file and hold it until what is returned is closed, or the process ends.
+
+    Raises FileSystemError when another process holds it. Where files cannot be locked, none is.
+    """
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FileSystemError(
+            f"{path}: another process is writing it; wait for its end, or name another --save-to"
+        ) from None
+    except (ImportError, OSError):  # Windows, some network file systems
+        pass
+    return file
+
+
 def write_bytes(path, content):
     """Write a file down to the disk: after a return without error it outlives a power cut."""
     with open(path, "wb") as file:
