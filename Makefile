@@ -27,7 +27,7 @@ PUSH      := --prototype-init class-means --weight-conprox 1e-3 --lr-conprox 1e-
 demo: $(VENV)/installed
 	$(RUN) softmax_training.py $(SYNTHETIC) --epochs 5 --milestones 4 --save-to demo/softmax.pth.tar
 	$(RUN) pcl_training.py $(SYNTHETIC) --epochs 8 $(PUSH) --init-from demo/softmax.pth.tar --save-to demo/pcl.pth.tar
-	$(RUN) robustness.py --dataset synthetic --limit 500 --epsilon 2/255 --step-size 0.5/255 \
+	$(RUN) robustness.py --dataset synthetic --limit 500 --overwrite --epsilon 2/255 --step-size 0.5/255 \
 		--checkpoints demo/softmax.pth.tar demo/pcl.pth.tar --results demo/robustness.json
 
 test: $(VENV)/installed-dev

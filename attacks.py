@@ -155,6 +155,7 @@ def mim(
         nonlocal momentum
         slope = gradient(step, points)
         norm = slope.abs().sum((1, 2, 3), keepdim=True)
+        norm = norm.clamp(max=torch.finfo(norm.dtype).max)  # by an infinite one the image would freeze
         momentum = decay * momentum + torch.where(norm > 0, slope / norm, 0)
         return momentum
 
@@ -319,8 +320,8 @@ def _square_run(
     """One restart of the Square attack on the images in the middle of `ball`."""
     lower, upper = ball
     _, channels, height, width = lower.shape
-    stripes = _uniform(streams, (channels, 1, width)).to(lower.device) < 0.5
-    draws = _uniform(streams, (num_queries - 1, channels + 2)).to(lower.device)
+    stripes = _uniform(streams, (channels, 1, width), lower) < 0.5
+    draws = _uniform(streams, (num_queries - 1, channels + 2), lower)
     worst = _judge(model_fn, torch.where(stripes, lower, upper), labels, margin)
     for query in range(1, num_queries):
         left = (~worst.wrong).nonzero()[:, 0]
@@ -434,7 +435,7 @@ def noise(
     if epsilon == 0:
         return images.detach().clone()
     lower, upper = _ball(images, epsilon)
-    draws = _uniform(_streams(generator, len(images)), images.shape[1:]).to(images.device)
+    draws = _uniform(_streams(generator, len(images)), images.shape[1:], images)
     return torch.where(draws < 0.5, lower, upper)
 
 
@@ -613,12 +614,13 @@ def _streams(generator: torch.Generator | None, count: int) -> list[torch.Genera
     return [torch.Generator().manual_seed(key) for key in keys.tolist()]
 
 
-def _uniform(streams: list[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-    """Uniform numbers in [0, 1), float32, (number of streams, *shape)."""
-    numbers = torch.empty(len(streams), *shape)
+def _uniform(streams: list[torch.Generator], shape: tuple[int, ...], images: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float32, (number of streams, *shape), on the device of `images`."""
+    # From pinned memory the copy does not wait for what a GPU is still doing.
+    numbers = torch.empty(len(streams), *shape, pin_memory=images.is_cuda)
     for row, stream in zip(numbers, streams, strict=True):
         row.uniform_(generator=stream)
-    return numbers
+    return numbers.to(images.device, non_blocking=images.is_cuda)
 
 
 def _random_starts(
@@ -627,5 +629,5 @@ def _random_starts(
     """`count` uniformly random points of each image's ball, clipped to [0, 1]."""
     streams = _streams(generator, len(images))
     for _ in range(count):
-        draws = _uniform(streams, images.shape[1:]).to(images.device, images.dtype)
+        draws = _uniform(streams, images.shape[1:], images).to(images.dtype)
         yield (images.detach() + epsilon * (2 * draws - 1)).clamp(*ball)

@@ -390,7 +390,10 @@ def augment(images: torch.Tensor, generator: torch.Generator, padding: int = 4) 
     likely. One number an image is drawn from `generator`, a CPU one whatever the device of the images.
     """
     shifts = 2 * padding + 1
-    drawn = torch.randint(2 * shifts * shifts, (len(images),), generator=generator).to(images.device)
+    # From pinned memory a copy does not wait for what a GPU is still doing.
+    drawn = torch.randint(
+        2 * shifts * shifts, (len(images),), generator=generator, pin_memory=images.is_cuda
+    ).to(images.device, non_blocking=images.is_cuda)
     flip, down, right = drawn % 2 == 1, drawn // 2 // shifts, drawn // 2 % shifts
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     frame = F.pad(images, (padding,) * 4)

@@ -20,7 +20,7 @@ import training
 import utils
 from resnet_model import folded, resnet
 
-FORMAT = 3  # of the file that a stopped evaluation leaves; 3: images draw by their number, not by block
+FORMAT = 4  # of the file that a stopped evaluation leaves
 LABELS = {  # what a checkpoint's row is called, by the script that made it
     "softmax_training": "Softmax",
     "pcl_training": "PCL",
@@ -29,7 +29,9 @@ LABELS = {  # what a checkpoint's row is called, by the script that made it
 }
 SAVE_EVERY = 60.0  # seconds between saves of what is done
 # What may differ between an evaluation and its continuation.
-FREE_ON_RESUME = {"data_dir", "checkpoints", "source_checkpoint", "results", "resume", "device"}
+FREE_ON_RESUME = {
+    *("data_dir", "checkpoints", "source_checkpoint", "results", "resume", "overwrite", "device"),
+}
 
 
 # ---------------------------------------------------------------- what is measured
@@ -264,6 +266,9 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
     or leaves [0, 1] or the ball.
     """
     split = trial.of(split)
+    if keep_in is not None and not len(outcome):
+        for old in Path(keep_in).glob("*.pt"):  # of other settings, whose blocks may be others
+            old.unlink()
     for start in range(len(outcome), len(split), batch_size):
         began = time.monotonic()
         images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
@@ -328,7 +333,7 @@ def keep_block(folder, start, images, attacked, labels, outcome):
     """Write a block's images, float32 in [0, 1], to FOLDER/NNNNN.pt, N being the first image's index."""
     path = Path(folder) / f"{start:05d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    block = {"index": start, "labels": labels.cpu(), "predicted": outcome.predicted[start:].clone()}
+    block = {"index": start, "labels": labels.cpu().clone(), "predicted": outcome.predicted[start:].clone()}
     block |= {"images": images.cpu().contiguous(), "adversarial": attacked.cpu().contiguous()}
     with utils.replacing(path) as temporary:
         torch.save(block, temporary)
@@ -341,16 +346,23 @@ class Progress:
         self.path, self.fingerprint, self.outcomes = Path(f"{results}.partial"), fingerprint, {}
         self.saved = time.monotonic()
 
-    def resume(self):
-        """Take over the outcomes of a stopped evaluation; CheckpointError when it had other settings."""
-        if not self.path.exists():
+    def open(self, resume, overwrite=False):
+        """Take over the outcomes of a stopped evaluation, if there is one and `resume` says so.
+
+        Raises CheckpointError when it had other settings, FileSystemError when neither says what to do.
+        """
+        if not self.path.exists() or (overwrite and not resume):
             return
+        if not resume:
+            raise utils.FileSystemError(
+                f"{self.path}: a stopped evaluation; --resume goes on with it, --overwrite starts anew"
+            )
         state = utils.load_checkpoint(self.path)
         before = state.get("fingerprint", {})
         if before != self.fingerprint:
             names = [n for n in self.fingerprint if before.get(n) != self.fingerprint[n]]
             raise utils.CheckpointError(
-                f"{self.path}: begun with another {', '.join(names)}; give the old ones, or no --resume"
+                f"{self.path}: begun with another {', '.join(names)}; give the old ones, or --overwrite"
             )
         for sha256, trials in state["outcomes"].items():
             self.outcomes[sha256] = {key: Outcome(**value) for key, value in trials.items()}
@@ -376,6 +388,8 @@ class Progress:
 def fingerprint(config, dataset, targets, source=None):
     """What must agree for the outcomes of a stopped evaluation to be taken over."""
     settings = training.config_dict(config)
+    if "autoattack" not in config.attacks:  # the one whose seed goes by block
+        del settings["batch_size"]
     return {
         "format": FORMAT,
         **{name: value for name, value in settings.items() if name not in FREE_ON_RESUME},

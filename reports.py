@@ -17,7 +17,10 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 # Where float32 ends: past the first the cross-entropy's gradient with respect to the true logit is exactly 0,
 # past the second all of it is.
 SATURATES, VANISHES = 17.0, 104.0
-SATURABLE = {"fgsm", "bim", "mim", "pgd", "apgd-ce"}  # attacks that follow cross-entropy
+# Attacks that differ in the loss alone, cross-entropy and one that does not saturate.
+ALIKE = (("pgd", "pgd-margin"), ("pgd", "pgd-dlr"), ("apgd-ce", "apgd-dlr"))
+BLIND = ("noise", "square", "transfer")  # attacks that see no gradient of the network
+GUIDED = {"bim", "mim", "pgd", "pgd-margin", "pgd-dlr", "apgd-ce", "apgd-dlr"}  # that follow it in many steps
 MANY = 25.0  # percent of the images past the first that call for a warning
 
 
@@ -43,7 +46,7 @@ def robust(target, trials, progress):
 
 
 def percent(mask):
-    return 100 * mask.double().mean().item() if len(mask) else None
+    return round(100 * mask.double().mean().item(), 4) if len(mask) else None
 
 
 def per_class(mask, labels, classes):
@@ -164,20 +167,24 @@ def _warnings(found, attacked):
             "  WARNING, masked gradients: counted as robust for want of any gradient: "
             f"{', '.join(masked)}; believe Worst, with pgd-margin, apgd-dlr and square among the --attacks"
         )
-    # AutoAttack wins by its number of targets, too: that tells nothing of the loss.
-    single = [(t, o) for t, o in attacked if t.bounded and t.key != "autoattack"]
-    lowest = {
-        kind: min((o.accuracy, t.title) for t, o in single if (t.key in SATURABLE) == kind)
-        for kind in {t.key in SATURABLE for t, _ in single}
-    }
-    if len(lowest) == 2 and lowest[True][0] > lowest[False][0] + 1:
-        (plain, name), (other, better) = lowest[True], lowest[False]
+    left = {t.key: o.accuracy for t, o in attacked}
+    titles = {t.key: t.title for t, _ in attacked}
+    pairs = [(a, b) for a, b in ALIKE if a in left and b in left and left[a] > left[b] + 1]
+    blind = [b for b in BLIND if b in left and GUIDED & left.keys()]
+    guided = min((left[a] for a in GUIDED & left.keys()), default=0.0)
+    for plain, other in pairs:
         yield (
-            f"  WARNING, the losses differ: {name} on cross-entropy leaves {plain:.2f}, "
-            f"{better} {other:.2f}: "
+            f"  WARNING, the losses differ: {titles[plain]} on cross-entropy leaves {left[plain]:.2f}, "
+            f"{titles[other]} {left[other]:.2f}: "
             "cross-entropy guides no attack where the network is sure of itself; believe the lower number"
         )
-    elif not masked and found["above_17"] > MANY:
+    for name in blind:
+        if guided > left[name] + 1:
+            yield (
+                f"  WARNING, {titles[name]}, which sees no gradient, leaves {left[name]:.2f}, "
+                f"those that follow it {guided:.2f}: it is masked; believe the lower number"
+            )
+    if not pairs and not masked and found["above_17"] > MANY:
         yield (
             f"  WARNING, saturated logits: {found['above_17']:.2f} % of margins pass {SATURATES:g}, where "
             "cross-entropy's gradient fades in float32; compare with pgd-margin or apgd-dlr"
@@ -226,7 +233,7 @@ def to_json(config, dataset, targets, trials, progress, **more):
         **more,
         "versions": utils.versions(),
     }
-    return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+    return json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n"
 
 
 def _finite(value):
@@ -308,7 +315,7 @@ def table_rows(dataset, targets, trials, progress):
 
 
 def image_rows(dataset, targets, trials, progress):
-    """A row for each checkpoint and image: its label, and what each attack made of it."""
+    """A row for each checkpoint and image, numbered among those measured: what each attack made of it."""
     labels = dataset.test.labels.cpu().tolist()
     for name, target in zip(row_labels(targets), targets, strict=True):
         columns = {}
@@ -337,7 +344,7 @@ def model_card(config, dataset, target, trials, progress):
     """What RobustBench's model_info files hold, as JSON text: accuracies in percent as text.
 
     `reported` is what the attacks of the table leave, each by itself the lowest; `autoattack_acc` is null
-    where AutoAttack was not among them.
+    where AutoAttack was not among them, and `unreliable` where another attack leaves much less than it.
     """
     accuracies = {t.key: progress.of(target, t).accuracy for t in trials if t.applies_to(target)}
     bounded = [accuracies[t.key] for t in trials if t.key in accuracies and t.bounded]
@@ -357,6 +364,6 @@ def model_card(config, dataset, target, trials, progress):
         "reported": f"{min(bounded):.2f}",
         "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
         "footnote": f"{target.label}, retrained; sha256 {target.sha256}; {images}.",
-        "unreliable": bool(percent(robust(target, trials, progress)) < min(bounded)),
+        "unreliable": autoattack is not None and min(bounded) < autoattack - 1,
     }
     return json.dumps(card, indent=2) + "\n"

@@ -46,6 +46,7 @@ class Config:
     source_checkpoint: str | None = None  # the network on which `transfer` makes its images
     results: str = "results/robustness.json"  # the numbers with all settings and versions; CSV files beside
     resume: bool = False  # go on with a stopped evaluation of the same checkpoints, data and settings
+    overwrite: bool = False  # start anew over a stopped evaluation
     # attacks
     attacks: tuple[str, ...] = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
     epsilon: float = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
@@ -109,8 +110,7 @@ def main(config: Config) -> None:
     checks = sanity.trials(config, len(dataset.classes), source) if config.sanity else {}
     identity = evaluation.fingerprint(config, dataset, targets, source)
     progress = evaluation.Progress(config.results, identity)
-    if config.resume:
-        progress.resume()
+    progress.open(config.resume, config.overwrite)
     everything = [*trials, *(point.trial for point in points), *checks.values()]
     evaluation.measure_all(config, targets, dataset.test, everything, progress)
     report(config, dataset, targets, trials, points, checks, progress)

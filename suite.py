@@ -37,7 +37,7 @@ TITLES = {
     "autoattack": "AutoAttack",
 }
 ATTACKS = tuple(TITLES)
-NEEDS_THREE_CLASSES = {"pgd-dlr", "apgd-dlr"}
+LEAST_CLASSES = {"pgd-dlr": 3, "apgd-dlr": 3, "autoattack": 4}  # of the logits that a loss sorts; else 2
 LOSSES = {  # that PGD raises under its names
     "pgd": "cross-entropy",
     "pgd-margin": "logit margin",
@@ -76,6 +76,8 @@ def check(config):
             raise utils.UsageError(f"--{name.replace('_', '-')} {shown}: {name} {words}")
     if config.restarts > 1 and not config.random_start and not set(config.attacks) & {"apgd-ce", "apgd-dlr"}:
         raise utils.UsageError(f"--restarts {config.restarts}: would repeat one run; add --random-start")
+    if "joint" in config.attacks and config.predict == "prototype":
+        raise utils.UsageError("--attacks joint: is a loss on the logits; --predict softmax, or prototype")
     if "transfer" in config.attacks and config.source_checkpoint is None:
         raise utils.UsageError("--attacks transfer: needs --source-checkpoint, the network to make images on")
     if "autoattack" in config.attacks:
@@ -94,9 +96,12 @@ def table(config, num_classes, source=None):
 
 
 def _check_classes(names, num_classes):
-    few = sorted(NEEDS_THREE_CLASSES & set(names))
-    if few and num_classes < 3:
-        raise utils.UsageError(f"--attacks {few[0]}: needs 3 classes or more, the data have {num_classes}")
+    for name in names:
+        least = LEAST_CLASSES.get(name, 2)
+        if num_classes < least:
+            raise utils.UsageError(
+                f"--attacks {name}: needs {least} classes or more, the data have {num_classes}"
+            )
 
 
 def clean(limit=None):
@@ -127,11 +132,18 @@ def gradient_descent(name, config, *, epsilon=None, **changes):
 
     start = f"random start, restarts {options['restarts']}" if options["random_start"] else "no random start"
     settings = (
-        f"{TITLES[name]}: {options['num_steps']} steps of {in_255ths(options['step_size'])}, {start}"
+        f"{TITLES[name]}: {_steps(options['num_steps'], options['step_size'], epsilon)}, {start}"
         f"{'' if name == 'pgd' else ', on the ' + LOSSES[name]}"
     )
     prototypes = name in ("joint", "prototype")
     return Trial(name, TITLES[name], epsilon, attack, settings, needs_prototypes=prototypes)
+
+
+def _steps(num_steps, step_size, epsilon):
+    """The steps of an attack, with a word where they cannot reach the end of the ball."""
+    reach = num_steps * step_size
+    short = f" ({in_255ths(reach)} in all, less than epsilon)" if reach < epsilon * (1 - 1e-9) else ""
+    return f"{num_steps} steps of {in_255ths(step_size)}{short}"
 
 
 def loss_of(name, target):
@@ -159,9 +171,9 @@ def _plain(name, config, source):
 def _plain_settings(name, config):
     if name == "fgsm":
         return "FGSM: one step"
-    step = in_255ths(config.step_size or config.epsilon / config.num_steps)
+    step_size = config.step_size or config.epsilon / config.num_steps
     decay = f", decay {config.decay:g}" if name == "mim" else ""
-    return f"{TITLES[name]}: {config.num_steps} steps of {step}{decay}"
+    return f"{TITLES[name]}: {_steps(config.num_steps, step_size, config.epsilon)}{decay}"
 
 
 def _apgd(name, config, source):
@@ -194,10 +206,11 @@ def _cw(name, config, source):
         return attacks.cw(target.view, images, labels, **options)
 
     settings = (
-        f"C&W-L2: {config.cw_steps} steps, lr {config.cw_lr:g}, at any distance; Worst counts what it finds "
-        "within epsilon"
+        f"C&W-L2: {config.cw_steps} steps, lr {config.cw_lr:g}, c 1 without a search, confidence 0, at any "
+        "distance; Worst counts what it finds within epsilon"
     )
-    return Trial(name, TITLES[name], config.epsilon, attack, settings, bounded=False)
+    bounded = name not in attacks.UNBOUNDED
+    return Trial(name, TITLES[name], config.epsilon, attack, settings, bounded=bounded)
 
 
 def _noise(name, config, source):
@@ -219,7 +232,8 @@ def _transfer(name, config, source):
 
 def _autoattack(name, config, source):
     find_autoattack()
-    log = Path(config.results).with_suffix(".autoattack.log")
+    results = Path(config.results)
+    log = results.with_name(results.name.removesuffix(".json") + ".autoattack.log")
 
     def attack(target, images, labels, generator, trace):
         seed = int(torch.randint(2**31, (), generator=generator))
@@ -305,7 +319,7 @@ def find_autoattack():
 def run_autoattack(network, images, labels, epsilon, *, seed, log):
     """Images after the standard version of AutoAttack (Croce & Hein 2020); its messages go to the file `log`.
 
-    With less than ten classes the targeted attacks take all the classes there are as targets.
+    With less than ten classes, four at least, the targeted attacks take all there are as targets.
     """
     name, autoattack = find_autoattack()
     model, images = Logits(network), images.contiguous()

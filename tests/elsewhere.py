@@ -23,6 +23,8 @@ WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_s
 class Elsewhere(torch.Tensor):
     """A tensor on DEVICE; `here` is the one on the CPU that it stands for."""
 
+    is_cuda = True
+
     @staticmethod
     def __new__(cls, here):
         return torch.Tensor._make_wrapper_subclass(
@@ -63,9 +65,11 @@ def dispatch(func, args, kwargs):
     to_host = (
         func is aten.copy_.default and isinstance(args[1], Elsewhere) and not isinstance(args[0], Elsewhere)
     )
-    if away and (func in WAITING or to != DEVICE or by_mask or to_host):
+    from_host = func is aten._to_copy.default and to == DEVICE and not (away or kwargs.get("non_blocking"))
+    if from_host or (away and (func in WAITING or to != DEVICE or by_mask or to_host)):
         WAITS.append(str(func))
-    here = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") == DEVICE else kwargs
+    here = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") == DEVICE else dict(kwargs)
+    here.pop("pin_memory", None)
     out = func(*on_cpu(args), **on_cpu(here))
     if func._schema.is_mutable and out is not None and isinstance(args[0], Elsewhere):
         return args[0]

@@ -657,3 +657,13 @@ def test_the_gpu_gives_what_the_cpu_gives(name):
     if name not in attacks.UNBOUNDED:
         single = images.float().cuda()
         within(run(name, gpu.float(), single, labels.cuda(), 8 / 255, **options), single, 8 / 255)
+
+
+def test_mim_moves_where_the_norm_of_the_gradient_overflows():
+    def model(images):
+        total = 1e38 * images.sum((1, 2, 3))
+        return torch.stack([total, -total], dim=1)
+
+    images, labels = torch.full((2, 3, 2, 2), 0.01), torch.tensor([1, 1])
+    moved = attacks.mim(model, images, labels, 8 / 255)
+    assert torch.equal(moved, attacks.bim(model, images, labels, 8 / 255)) and not torch.equal(moved, images)

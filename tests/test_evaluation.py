@@ -319,7 +319,7 @@ def test_stop_and_go_on_gives_the_identical_table(tmp_path):
     assert caught.value.exit_status == 143
 
     resumed = evaluation.Progress(config.results, {"a": 1})
-    resumed.resume()
+    resumed.open(resume=True)
     assert len(resumed.of(target, trials[2])) == 12
     evaluation.measure_all(config, [target], split, trials, resumed)
     assert reports.to_markdown([target], trials, resumed) == reports.to_markdown([target], trials, whole)
@@ -334,7 +334,31 @@ def test_other_settings_are_refused(tmp_path):
     finish(target, split_of(8), trial, before.of(target, trial))
     before.save()
     with pytest.raises(utils.CheckpointError, match="begun with another epsilon;"):
-        evaluation.Progress(tmp_path / "r.json", {"epsilon": 0.2, "seed": 0}).resume()
+        evaluation.Progress(tmp_path / "r.json", {"epsilon": 0.2, "seed": 0}).open(resume=True)
+
+
+def test_a_stopped_evaluation_is_not_lost_by_forgetting_to_resume(tmp_path):
+    target, trial = target_of(network()), suite.clean()
+    before = evaluation.Progress(tmp_path / "r.json", {"seed": 0})
+    finish(target, split_of(8), trial, before.of(target, trial))
+    before.save()
+    again = evaluation.Progress(tmp_path / "r.json", {"seed": 0})
+    with pytest.raises(utils.FileSystemError, match="--resume goes on with it, --overwrite starts anew"):
+        again.open(resume=False)
+    again.open(resume=False, overwrite=True)
+    assert len(again.of(target, trial)) == 0
+    again.open(resume=True)
+    assert len(again.of(target, trial)) == 8
+
+
+@pytest.mark.parametrize("attacks, free", [(("fgsm", "apgd-dlr", "square"), True), (("autoattack",), False)])
+def test_blocks_may_change_in_a_stopped_evaluation_where_nothing_depends_on_them(attacks, free):
+    dataset = data.Dataset("colours", tuple("abcd"), None, split_of(8))
+    prints = [
+        evaluation.fingerprint(robustness.Config(attacks=attacks, batch_size=size), dataset, [])
+        for size in (5, 7)
+    ]
+    assert (prints[0] == prints[1]) == free
 
 
 # ---------------------------------------------------------------- numbers of a report

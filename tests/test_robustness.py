@@ -278,6 +278,13 @@ def test_kept_images_are_what_was_judged(root, tmp_path, capsys):
     picture = np.asarray(Image.open(mine / "fgsm.png"))
     assert picture.shape == (3 * SIZE * 4, 7 * SIZE * 4, 3)
     assert (picture[: SIZE * 4 : 4, : SIZE * 4 : 4] == split.images[0].permute(1, 2, 0).numpy()).all()
+    first = mine / "fgsm" / "00000.pt"
+    assert first.stat().st_size < 2 * blocks[0]["images"].nbytes + 5_000  # labels of this block alone
+
+    run(capsys, dataclasses.replace(config, batch_size=100, epsilon=4 / 255))
+    (path,) = (mine / "fgsm").iterdir()  # no block of the run before is left among the new ones
+    block = torch.load(path, weights_only=True)
+    assert len(block["labels"]) == len(split) and (block["adversarial"] - clean).abs().max() <= 4 / 255
 
 
 def test_sanity_is_printed_and_kept(root, tmp_path, capsys):
@@ -304,7 +311,7 @@ def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
     assert float(card["clean_acc"]) == pytest.approx(entry["clean"]["accuracy"], abs=0.005)
     lowest = min(entry[name]["accuracy"] for name in ("clean", "fgsm", "pgd"))
     assert float(card["reported"]) == pytest.approx(lowest, abs=0.005)
-    assert card["autoattack_acc"] is None
+    assert card["autoattack_acc"] is None and card["unreliable"] is False
 
 
 # ---------------------------------------------------------------- options
@@ -315,6 +322,7 @@ def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
     [
         ({"attacks": ("transfer",)}, "needs --source-checkpoint"),
         ({"restarts": 3}, "add --random-start"),
+        ({"attacks": ("joint",), "predict": "prototype"}, "joint: is a loss on the logits"),
         ({"apgd_steps": 0}, "--apgd-steps 0: apgd_steps is a whole number from 1 up"),
         ({"num_queries": -1}, "num_queries is"),
         ({"cw_lr": 0.0}, "cw_lr is a number above 0"),
@@ -330,9 +338,24 @@ def test_senseless_options_are_refused_before_any_work(changes, words, tmp_path)
     assert not (tmp_path / "new").exists()
 
 
-def test_two_classes_have_no_dlr():
-    with pytest.raises(utils.UsageError, match="needs 3 classes or more, the data have 2"):
-        suite.table(robustness.Config(attacks=("pgd", "apgd-dlr")), 2)
+@pytest.mark.parametrize(("name", "least"), [("pgd-dlr", 3), ("apgd-dlr", 3), ("autoattack", 4)])
+def test_losses_that_sort_the_logits_need_enough_of_them(name, least):
+    config = robustness.Config(attacks=("pgd", name))
+    with pytest.raises(
+        utils.UsageError, match=f"{name}: needs {least} classes or more, the data have {least - 1}"
+    ):
+        suite.table(config, least - 1)
+    assert len(suite.table(config, least)) == 3
+
+
+def test_attacks_that_cannot_reach_epsilon_say_so():
+    config = robustness.Config(attacks=("bim", "pgd", "pgd-margin"), epsilon=0.3)
+    said = [trial.settings for trial in suite.table(config, 10)[1:]]
+    assert "less than epsilon" not in said[0]
+    assert all("10 steps of 2/255 (20/255 in all, less than epsilon)" in settings for settings in said[1:])
+    assert not any(
+        "less than" in t.settings for t in suite.table(dataclasses.replace(config, epsilon=20 / 255), 10)
+    )
 
 
 def test_unwritable_places_are_found_before_the_attacks(root, tmp_path):
