@@ -220,56 +220,67 @@ class Folded(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(model)
         self.network.zero_grad(set_to_none=True)
-        self.pairs = []  # names of each convolution and of the batch norm after it
-        for parent, module in list(self.network.named_modules()):
+        # The model's convolutions, each with its batch norm, and linear layers; what is in lists is not ours.
+        self.folds, self.linears, mine = [], [], []
+        for name, module in list(model.named_modules()):
+            copied = self.network.get_submodule(name)
+            if isinstance(module, nn.Linear):
+                self.linears.append((copied.to(dtype), module))
             for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
                 norm = getattr(module, norm_name, None)
                 if isinstance(norm, nn.BatchNorm2d):
-                    getattr(module, conv_name).bias = nn.Parameter(torch.zeros_like(norm.bias))
-                    setattr(module, norm_name, nn.Identity())
-                    self.pairs.append(
-                        tuple(f"{parent}.{name}".lstrip(".") for name in (conv_name, norm_name))
-                    )
-        for module in self.network.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.to(dtype)
+                    self.folds.append((getattr(module, conv_name), norm))
+                    mine.append(getattr(copied, conv_name))
+                    setattr(copied, norm_name, nn.Identity())
+        self._lay_out(mine, dtype)
         self.requires_grad_(False).eval()
-        self.refresh(model)
+        self.refresh()
+
+    def _lay_out(self, convs: list[nn.Conv2d], dtype: torch.dtype | None) -> None:
+        """Make the weights of `convs` views of one tensor, and their biases of another.
+
+        So a refresh is a handful of operations, not some for each of 163 convolutions, which a GPU waits for.
+        """
+        sizes = [conv.weight.numel() for conv in convs]
+        widths = [conv.out_channels for conv in convs]
+        like = convs[0].weight.detach().to(dtype)
+        self.weights, self.biases = like.new_empty(sum(sizes)), like.new_empty(sum(widths))
+        each = torch.tensor([conv.weight[0].numel() for conv in convs for _ in range(conv.out_channels)])
+        self.channel = torch.repeat_interleave(each).to(like.device)  # which one a weight belongs to
+        for conv, weight, bias in zip(
+            convs, self.weights.split(sizes), self.biases.split(widths), strict=True
+        ):
+            out, into, height, width = conv.weight.shape
+            weight = weight.view(out, height, width, into).permute(0, 3, 1, 2)  # channels-last
+            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images).logits
 
     @torch.no_grad()
-    def refresh(self, model: ResNet) -> None:
-        """Take over the present weights and statistics of `model`, in place."""
-        mine, theirs = (
-            [network.get_submodule(conv) for conv, _ in self.pairs] for network in (self.network, model)
-        )
-        norms = [model.get_submodule(norm) for _, norm in self.pairs]
-        # All batch norms at once: on a GPU the number of calls is what costs. In float64 where there is one,
-        # so that only the result is rounded.
-        wide = torch.float32 if norms[0].weight.device.type == "mps" else torch.float64
+    def refresh(self) -> None:
+        """Take over the present weights and statistics of the model this is a copy of, in place."""
+        norms = [norm for _, norm in self.folds]
+        # In float64 where there is one, so that only the result is rounded.
+        wide = torch.float32 if self.weights.device.type == "mps" else torch.float64
         weight, bias, mean, var = (
             torch.cat([getattr(norm, name) for norm in norms]).to(wide)
             for name in ("weight", "bias", "running_mean", "running_var")
         )
         scale = weight / (var + norms[0].eps).sqrt()
-        widths = [norm.num_features for norm in norms]
-        biases = (bias - mean * scale).split(widths)
-        for conv, source, factor, shift in zip(mine, theirs, scale.split(widths), biases, strict=True):
-            conv.weight.copy_(source.weight * factor.view(-1, 1, 1, 1))
-            conv.bias.copy_(shift)
-        for name in ("fc", "fcf", "aux")[: 3 if model.aux_dim else 2]:
-            linear, source = getattr(self.network, name), getattr(model, name)
-            linear.weight.copy_(source.weight)
-            linear.bias.copy_(source.bias)
+        self.biases.copy_(bias - mean * scale)
+        weights = torch.cat([conv.weight.permute(0, 2, 3, 1).flatten() for conv, _ in self.folds])
+        self.weights.copy_(weights * scale.index_select(0, self.channel))
+        for mine, theirs in self.linears:
+            mine.weight.copy_(theirs.weight)
+            mine.bias.copy_(theirs.bias)
 
 
 def folded(model: ResNet, dtype: torch.dtype | None = None) -> Folded:
     """A frozen copy of `model` for attacks and evaluation: eval mode, batch norms folded into convolutions.
 
     Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in; `model` stays as it
-    is. The copy follows later changes of `model` when told to: `refresh(model)`. `dtype` is that of its
+    is. The copy follows later changes of `model` when told to: `refresh()`. `dtype` is that of its
     convolutions and linear layers, None being the model's; in bfloat16 it is for use under autocast alone.
     """
     return Folded(model, dtype)

@@ -438,7 +438,7 @@ class Run:
     def attack(self, images, labels, index):
         """Adversarial images for a batch, in the training precision."""
         generator = utils.generator(self.config.seed, "attack", self.epoch, index)
-        self.view.refresh(self.model)
+        self.view.refresh()
         with self.autocast():
             attacked = self.adversary(self.model_fn, images, labels, generator)
         return attacked.contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_model import Bottleneck, Outputs, clean_state_dict, folded, network_of, resnet
 
@@ -432,17 +433,43 @@ def test_folding_keeps_channels_last():
 
 @pytest.mark.parametrize("aux_dim", [0, 6])
 def test_refreshed_it_is_the_copy_that_would_be_made_anew(aux_dim):
-    model, later = lived_in(44, aux_dim), lived_in(44, aux_dim)
+    model = lived_in(44, aux_dim)
     fold = folded(model)
     storage = {name: value.data_ptr() for name, value in fold.state_dict().items()}
     with torch.no_grad():
-        for parameter in later.parameters():
+        for parameter in model.parameters():
             parameter.mul_(1.1)
-    later.train()(pictures())
-    fold.refresh(later)
-    expected = folded(later).state_dict()
+    model.train()(pictures())
+    before = fold(pictures())
+    fold.refresh()
+    expected = folded(model).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in fold.state_dict().items())
     assert storage == {name: value.data_ptr() for name, value in fold.state_dict().items()}
+    assert not torch.equal(fold(pictures()), before)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations within it that are more than another view of the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func not in (torch.ops.aten.permute.default, torch.ops.aten.view.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_refresh_takes_as_few_operations_however_deep_the_network():
+    """On a GPU each is a launch, between two steps that wait for it."""
+    counts = []
+    for depth in (8, 44, 110):
+        model = resnet(10, depth).to(memory_format=torch.channels_last)
+        fold = folded(model, torch.bfloat16)
+        with Launches() as launches:
+            fold.refresh()
+        counts.append(launches.count)
+    assert counts[0] == counts[1] == counts[2] < 25
 
 
 def test_in_bfloat16_it_decides_as_the_network_does_under_autocast():
