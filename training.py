@@ -8,8 +8,10 @@ import functools
 import importlib.util
 import inspect
 import io
+import math
 import os
 import shutil
+import sysconfig
 import time
 from pathlib import Path
 
@@ -31,7 +33,7 @@ LAST_GOOD = 3  # batches before a lost one whose loss terms are told
 
 # What may differ between a run and its continuation; everything else identifies the run.
 FREE_ON_RESUME = {
-    *("data_dir", "init_from", "save_to", "log_to", "export", "resume", "overwrite"),
+    *("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite"),
     *("epochs", "eval_every", "device", "compile", "save_every_minutes", "max_minutes"),
 }
 EACH_TIME = ("resume", "overwrite", "max_minutes")  # not worth a word when they differ
@@ -77,6 +79,8 @@ class PrototypeConformityLoss(nn.Module):
     ):
         super().__init__()
         self.weight_prox, self.weight_conprox = weight_prox, weight_conprox
+        # As numbers they would be part of a compiled step, which another weight would compile anew.
+        self.register_buffer("weights", torch.tensor([weight_prox, weight_conprox]).float(), persistent=False)
         self.proximity, self.contrastive = nn.ModuleDict(), nn.ModuleDict()
         for layer, width in feat_dims.items():
             if weight_prox:
@@ -96,10 +100,10 @@ class PrototypeConformityLoss(nn.Module):
         loss, parts = cross_entropy, {"cross_entropy": cross_entropy.detach()}
         if self.proximity:
             pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())
-            loss, parts["proximity"] = loss + self.weight_prox * pull, pull.detach()
+            loss, parts["proximity"] = loss + self.weights[0] * pull, pull.detach()
         if self.contrastive:
             push = sum(term(getattr(outputs, layer), labels) for layer, term in self.contrastive.items())
-            loss, parts["contrastive"] = loss - self.weight_conprox * push, push.detach()
+            loss, parts["contrastive"] = loss - self.weights[1] * push, push.detach()
         return loss, parts
 
     def param_groups(self, lr_prox, lr_conprox):
@@ -152,7 +156,6 @@ def evaluating(model):
 def select_precision(name, device):
     """Return torch.bfloat16 or torch.float32; `auto` is bfloat16 where the hardware has it natively."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
@@ -162,18 +165,24 @@ def select_precision(name, device):
 def compiles(name, device):
     """Whether to compile the step and the attack; `auto`: on a GPU that can, as on a CPU it gains nothing.
 
-    Raises UsageError when it is to be `on` and no C++ compiler is there.
+    Raises UsageError when it is to be `on` and what it needs is not there.
     """
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
-    if name == "on" and not compiler:
-        raise utils.UsageError("--compile on: needs a C++ compiler, such as g++, and there is none; try auto")
-    triton = importlib.util.find_spec("triton") is not None
-    return name == "on" or (name == "auto" and device.type == "cuda" and compiler and triton)
+    if device.type == "cuda":  # Triton builds what launches its kernels
+        header = Path(sysconfig.get_path("include"), "Python.h").exists()
+        compiler = any(map(shutil.which, (os.environ.get("CC", "gcc"), "cc", "clang")))
+        able = importlib.util.find_spec("triton") is not None and header and compiler
+        needs = "Triton, a C compiler and Python's headers"
+    else:
+        able = any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++")))
+        needs = "a C++ compiler, such as g++"
+    if name == "on" and not able:
+        raise utils.UsageError(f"--compile on: needs {needs}, and not all of it is there; try auto")
+    return name == "on" or (name == "auto" and device.type == "cuda" and able)
 
 
 @torch.no_grad()
 def accuracy(model, split):
-    """Return the accuracy in percent on `split`: float32, eval mode, argmax of the logits."""
+    """Return the accuracy in percent on `split`: float32 (TF32 on a GPU), eval mode, argmax of the logits."""
     correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
     with evaluating(model):
         for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
@@ -242,13 +251,18 @@ def check_holdout(state, path, dataset):
         )
 
 
+def resumes(config):
+    """Whether there is a run to go on with, which has weights and prototypes of its own."""
+    return config.resume and utils.any_checkpoint(config.save_to)
+
+
 def start_from(model, config, dataset):
     """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already.
 
     Raises CheckpointError when depth, class count, class names or held-out images differ. An auxiliary branch
     that stage 1 did not have keeps its fresh weights.
     """
-    if config.resume and utils.any_checkpoint(config.save_to):
+    if resumes(config):
         return
     path = config.init_from
     state, weights, network = read_network(path)
@@ -301,13 +315,15 @@ class Run:
         self.model = model.to(memory_format=torch.channels_last)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
         self.dtype = select_precision(config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.precision = str(self.dtype).removeprefix("torch.")
         self.view = None if adversary is None else folded(self.model, self.dtype)  # what the attack sees
-        self.forward, self.model_fn = self.losses, self.view
+        self.compiled = None
         if compiles(config.compile, self.device):
             # On a GPU this mode also replays whole passes as CUDA graphs.
             compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
-            self.forward, self.model_fn = compiled(self.losses), self.view and compiled(self.view)
+            self.compiled = (compiled(self.losses), self.view and compiled(self.view))
         self.epoch, self.batch, self.history = 0, 0, []
         self.sums, self.images = {}, 0  # of this epoch: loss terms added up over the images seen
         self.recent = collections.deque(maxlen=WATCH_EVERY + LAST_GOOD)  # (where, loss terms) of each batch
@@ -329,7 +345,7 @@ class Run:
             utils.prepare_output(output)
         if self.log_path.exists():
             utils.hold(self.log_path).close()  # not held by a run under way
-        if config.resume and utils.any_checkpoint(path):
+        if resumes(config):
             warnings = []
             self.restore(utils.load_newest(path, warn=warnings.append))
             for line in (*warnings, f"resumed {path} at epoch {self.epoch + 1}, batch {self.batch}"):
@@ -435,12 +451,21 @@ class Run:
             if self.batch < total:
                 self.leave_if_asked(stop)
 
+    def functions(self, size):
+        """(losses, view) for a batch of `size` clean images: compiled, where it is a full one.
+
+        To compile for one other size, that of an epoch's last batch, would take as long again.
+        """
+        full = size == self.config.batch_size
+        return self.compiled if self.compiled and full else (self.losses, self.view)
+
     def attack(self, images, labels, index):
         """Adversarial images for a batch, in the training precision."""
+        _, view = self.functions(len(labels))
         generator = utils.generator(self.config.seed, "attack", self.epoch, index)
         self.view.refresh()
         with self.autocast():
-            attacked = self.adversary(self.model_fn, images, labels, generator)
+            attacked = self.adversary(view, images, labels, generator)
         return attacked.contiguous(memory_format=torch.channels_last)
 
     def autocast(self):
@@ -448,7 +473,8 @@ class Run:
 
     def step(self, images, labels):
         """One optimisation step; the loss terms are added up on the device."""
-        loss, terms, correct = self.forward(images, labels)
+        losses, _ = self.functions(len(labels) // (1 if self.adversary is None else 2))
+        loss, terms, correct = losses(images, labels)
         terms = {"loss": loss.detach(), **terms}
         terms = {name: value.clone() for name, value in terms.items()}  # the next replay overwrites them
         self.watch(terms)
@@ -485,12 +511,9 @@ class Run:
 
     def check_numbers(self):
         """Raise DivergenceError when a loss of this epoch or a weight is lost: nothing lost is ever saved."""
-        tensors = [
-            *self.sums.values(),
-            *self.model.state_dict().values(),
-            *self.criterion.state_dict().values(),
-        ]
-        if not torch.stack([value.isfinite().all() for value in tensors]).all():
+        parts = (self.sums, self.model.state_dict(), self.criterion.state_dict())
+        values = [value.flatten() for part in parts for value in part.values() if value.is_floating_point()]
+        if not torch.cat(values).isfinite().all():
             raise self.divergence()
 
     def divergence(self):
@@ -523,8 +546,9 @@ class Run:
         row |= {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "test_accuracy": None}
         if (self.epoch + 1) % config.eval_every == 0 or self.epoch + 1 == config.epochs:
             row["test_accuracy"] = accuracy(self.model, self.dataset.test)
+        if not all(map(math.isfinite, means.values())):
+            raise self.divergence()
         self.scheduler.step()
-        self.check_numbers()
         self.history.append({name: row[name] for name in self.columns()})
         self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
         left = seconds * (config.epochs - self.epoch)

@@ -176,7 +176,7 @@ def versions():
         "torchvision": str(torchvision.__version__),
         "numpy": str(numpy.__version__),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
     }
 
 

@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import data
 import robustness
 import softmax_training
@@ -40,6 +42,18 @@ SETTINGS = (
     "--layers layer2 layer3 fc --aux-dim 512",
     "--distance plain --shared-prototypes --separation --weight-conprox 1 --lr-conprox 0.5",  # Eq. 5
 )
+FIXED = (
+    "depth",
+    "epochs",
+    "init-from",
+    "save-to",
+    "dataset",
+    "data-dir",
+    "limit",
+    "holdout",
+    "device",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class Config:
     # training
     depth: int = 110
     epochs: int = 164  # of stage 1
-    milestones: tuple[int, ...] = (81, 122)  # of stage 1
+    milestones: tuple[int, ...] = (81, 122, 140)  # of stage 1
     pcl_epochs: int = 20  # of stage 2
     # attacks
     attacks: tuple[str, ...] = ("fgsm", "bim", "mim", "pgd", "pgd-margin")
@@ -112,6 +126,7 @@ class Search:
         if known.exists() and (kept := json.loads(known.read_text()))["what"] == what:
             return kept["row"]
         utils.say(f"\n{name}")
+        torch.compiler.reset()  # or what was compiled for the runs before would count as this one's
         try:
             module.main(module.Config(**{**given, "max_minutes": self.minutes_left()}))
         except training.DivergenceError as error:
@@ -159,6 +174,8 @@ def main(config: Config) -> None:
     utils.prepare_output(results)
     for options in config.settings:  # a slip in the last setting is told before the first is trained
         utils.parse_config(importlib.import_module(config.script).Config, options.split())
+        if fixed := [f"--{name}" for name in FIXED if f"--{name}" in re.split(r"[\s=]", options)]:
+            raise utils.UsageError(f"--settings {options!r}: {fixed[0]} is the same for all of a search")
     device, load = utils.select_device(config.device), data.load
     data.load = functools.cache(load)  # the images are read once, not for every run
     try:

@@ -11,7 +11,7 @@ import data
 import softmax_training
 import training
 import utils
-from resnet_model import resnet
+from resnet_model import Outputs, resnet
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,13 @@ def test_item_35_modes_are_restored_module_by_module(model):
     [
         *[("auto", "cpu", True, False), ("off", "cuda", True, False), ("off", "cpu", True, False)],
         *[("auto", "cuda", False, False), ("on", "cpu", True, True), ("on", "cuda", True, True)],
+        ("auto", "cuda", True, True),
     ],
 )
 def test_what_is_compiled(name, device, compiler, expected, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda program: "/bin/true" if compiler else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(training.Path, "exists", lambda path: path.name == "Python.h")
     assert training.compiles(name, torch.device(device)) == expected
 
 
@@ -121,10 +124,46 @@ def test_the_step_and_the_attack_are_one_graph_each(dataset, model, tmp_path):
     torch.testing.assert_close(*gradients)
 
 
-def test_item_43_compiling_without_a_compiler_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "needs"), [("cpu", r"a C\+\+ compiler"), ("cuda", "Triton, a C compiler")]
+)
+def test_item_43_compiling_without_a_compiler_is_refused(device, needs, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda program: None)
-    with pytest.raises(utils.UsageError, match="needs a C\\+\\+ compiler"):
-        training.compiles("on", torch.device("cpu"))
+    with pytest.raises(utils.UsageError, match=f"needs {needs}"):
+        training.compiles("on", torch.device(device))
+
+
+@pytest.mark.parametrize("adversary", [None, lambda view, images, labels, generator: images])
+def test_a_batch_of_another_size_is_not_compiled_for(adversary, dataset, model, tmp_path, monkeypatch):
+    """21 images in batches of 8: two are full, and of the last, 5, the compiled functions see nothing."""
+    run = run_of(dataset, model, tmp_path, adversary, batch_size=8)
+    sizes = []
+
+    def losses(images, labels):
+        sizes.append(len(labels))
+        return run.losses(images, labels)
+
+    run.compiled = (losses, run.view)
+    run.open()
+    with utils.StopSignals() as stop:
+        run.train_epoch(stop)
+    assert sizes == [8, 8] if adversary is None else sizes == [16, 16]
+
+
+def test_another_weight_of_the_loss_is_no_other_graph():
+    torch.compiler.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    outputs, labels = Outputs(*torch.randn(3, 4, 8), torch.randn(4, 10)), torch.arange(4)
+    for weight in (1.0, 0.1, 0.01):
+        criterion = training.PrototypeConformityLoss(10, {"layer3": 8, "fc": 8}, weight, weight / 10)
+        loss, _ = torch.compile(criterion.forward, backend=counting, fullgraph=True)(outputs, labels)
+        torch.testing.assert_close(loss, criterion(outputs, labels)[0])
+    assert len(graphs) == 1
 
 
 def test_accuracy_counts_every_image(model, dataset):
