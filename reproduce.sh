@@ -13,10 +13,13 @@ PYTHON=${PYTHON:-python3}
 minutes=${1:-} folder=${2:-carry}
 read -ra data <<< "${DATA:-}"
 read -ra train <<< "${TRAIN:-}"
-outputs=(Models_Softmax Models_PCL results)
-[ -z "$minutes" ] || limit=$("$PYTHON" -c 'import sys; print(round(60 * float(sys.argv[1])))' "$minutes")
-
-seconds_left() { echo $((limit - SECONDS)); }
+checkpoints=(
+    Models_Softmax/CIFAR10_Softmax.pth.tar
+    Models_PCL/CIFAR10_PCL.pth.tar
+    Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar
+    Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar
+)
+grace=30  # seconds at most that a script may take to save, once told to stop
 
 unfinished() { # CHECKPOINT ...
     "$PYTHON" -c 'if True:
@@ -26,56 +29,51 @@ unfinished() { # CHECKPOINT ...
                 print(path)' "$@"
 }
 
-carry() {
-    [ -n "$minutes" ] || return 0
-    for output in "${outputs[@]}"; do
-        [ -d "$output" ] && mkdir -p "$folder/$output" && find "$output" -type f ! -name '.*' ! -name '*.previous' \
-            -exec cp -p {} "$folder/$output/" \;
+carry() { # whatever ended the slice
+    for file in "${checkpoints[@]/%.pth.tar/.*}" results/robustness*; do
+        for found in $file; do
+            case $found in *.tmp | *.previous) continue ;; esac
+            [ -f "$found" ] || continue
+            mkdir -p "$folder/$(dirname "$found")"
+            cp -p "$found" "$folder/$found.part" && mv "$folder/$found.part" "$folder/$found"
+        done
     done
-    mkdir -p "$folder"
-    large=$(find "$folder" -type f -size +16M)
+    large=$(find "$folder" -type f -size +16M 2> /dev/null) || true
     [ -z "$large" ] || echo "over 16 MB: $large" >&2
 }
 
-stage() { # SCRIPT CHECKPOINT
-    if [ -n "$minutes" ]; then
-        grep -qxF "$2" <<< "$todo" || return 0  # finished: no need to read the images again
-        [ "$(seconds_left)" -gt 0 ] || stop
-        "$PYTHON" "$1.py" --resume "${data[@]}" "${train[@]}" --max-minutes "$(seconds_left)/60"
-        [ "$(seconds_left)" -gt 0 ] || stop  # with time left it ends when it is finished, and only then
-    else
-        "$PYTHON" "$1.py" --resume "${data[@]}" "${train[@]}"
-    fi
-}
-
-stop() {
-    carry
+slice_over() {
     echo "slice over; the same command goes on"
     exit 0
 }
 
-if [ -n "$minutes" ] && [ -d "$folder" ]; then
-    cp -rpn "$folder/." .
+bounded() { # COMMAND ...: run it, but end the slice where that takes too long
+    [ -n "$minutes" ] || { "$@"; return; }
+    left=$((limit - SECONDS))
+    [ $left -gt 0 ] || slice_over
+    status=0
+    timeout --foreground --preserve-status -s TERM -k $grace $left "$@" || status=$?
+    case $status in
+        0) ;;
+        137 | 143) slice_over ;;
+        *) exit $status ;;
+    esac
+}
+
+stage() { # SCRIPT CHECKPOINT
+    [ -z "$minutes" ] || grep -qxF "$2" <<< "$todo" || return 0  # finished: no need to read the images again
+    bounded "$PYTHON" "$1.py" --resume "${data[@]}" "${train[@]}"
+}
+
+if [ -n "$minutes" ]; then
+    limit=$("$PYTHON" -c 'import sys; print(round(60 * float(sys.argv[1])))' "$minutes")
+    trap carry EXIT
+    [ ! -d "$folder" ] || cp -rpu "$folder/." .
+    todo=$(unfinished "${checkpoints[@]}")
 fi
-checkpoints=(
-    Models_Softmax/CIFAR10_Softmax.pth.tar
-    Models_PCL/CIFAR10_PCL.pth.tar
-    Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar
-    Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar
-)
-[ -z "$minutes" ] || todo=$(unfinished "${checkpoints[@]}")
 stage softmax_training "${checkpoints[0]}"
 stage pcl_training "${checkpoints[1]}"
 stage pcl_training_adversarial_fgsm "${checkpoints[2]}"
 stage pcl_training_adversarial_pgd "${checkpoints[3]}"
-if [ -n "$minutes" ]; then
-    [ "$(seconds_left)" -gt 0 ] || stop
-    status=0
-    timeout --preserve-status -s TERM "$(seconds_left)" "$PYTHON" robustness.py --resume "${data[@]}" || status=$?
-    [ $status != 143 ] || stop
-    [ $status = 0 ] || exit $status
-else
-    "$PYTHON" robustness.py --resume "${data[@]}"
-fi
-carry
+bounded "$PYTHON" robustness.py --resume "${data[@]}"
 echo "complete"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import robustness
+import utils
 from benchmarks import soak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ def reproduce(folder, *arguments):
     for file in (*ROOT.glob("*.py"), ROOT / "reproduce.sh"):
         shutil.copy(file, folder)
     environment = {"PYTHON": sys.executable, "DATA": "--dataset synthetic --limit 30", **os.environ}
-    environment |= {"TRAIN": "--depth 8 --epochs 2 --batch-size 8", "LC_ALL": "C"}
+    environment |= {"TRAIN": "--depth 8 --epochs 2 --batch-size 8", "LC_ALL": "C", "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", "reproduce.sh", *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,3 +58,25 @@ def test_in_slices_on_bare_machines_it_ends_where_it_ends_in_one_go(tmp_path):
 def test_minutes_that_are_none(minutes, tmp_path):
     with pytest.raises(AssertionError, match=r"could not convert|slice over"):
         assert reproduce(tmp_path / "machine", minutes) == "complete"
+
+
+def test_a_slice_too_short_to_begin_a_stage_in_loses_nothing(tmp_path):
+    """What is finished is carried on; of two files the newer is gone on with; nothing else travels."""
+    machine, carried = tmp_path / "machine", tmp_path / "carried"
+    first, second = (Path(path) for path in robustness.DEFAULT_CHECKPOINTS[:2])
+    for folder in (machine, carried):
+        (folder / first.parent).mkdir(parents=True)
+        (folder / second.parent).mkdir()
+    utils.save_checkpoint({"finished": True, "epoch": 3}, machine / first)
+    utils.save_checkpoint({"finished": True, "epoch": 1}, carried / first)
+    os.utime(carried / first, (0, 0))
+    utils.save_checkpoint({"finished": False, "epoch": 1}, machine / second)
+    os.utime(machine / second, (0, 0))
+    utils.save_checkpoint({"finished": False, "epoch": 2}, carried / second)
+    for stray in (machine / second.parent / "CIFAR10_PCL_depth20.csv", Path(f"{machine / second}.previous")):
+        stray.write_text("not of this run")
+    assert reproduce(machine, 1 / 60, carried) == "slice over; the same command goes on"
+    assert sorted(path.relative_to(carried) for path in carried.rglob("*.*")) == sorted([first, second])
+    for folder in (machine, carried):
+        assert utils.load_checkpoint(folder / first)["epoch"] == 3
+        assert utils.load_checkpoint(folder / second)["epoch"] == 2
