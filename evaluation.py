@@ -138,6 +138,9 @@ def load_target(path, device, classes, predict="softmax"):
         judge, view = NearestPrototype(judge, prototypes), NearestPrototype(view, prototypes)
     kept = {name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state}
     label = LABELS.get(state.get("script"), Path(path).name.split(".")[0])
+    settings = kept.get("config") or {}
+    if label.startswith("PCL") and settings.get("weight_prox") == settings.get("weight_conprox") == 0:
+        label = f"No {label}"  # stage 2 as a control, with both terms switched off
     return Target(
         label, utils.sha256(path), judge.eval(), view.eval(), str(path), model.depth, prototypes, kept
     )

@@ -211,6 +211,8 @@ def read_network(path):
     except ValueError as error:
         raise utils.CheckpointError(f"{path}: {error}; was it made by another network?") from None
     check_finite(weights, path)
+    if not isinstance(state.get("config", {}), dict):  # not ours
+        state = {name: value for name, value in state.items() if name != "config"}
     return state, weights, network
 
 

@@ -233,16 +233,33 @@ def test_nearest_prototype_is_the_nearest(squared):
     assert prototypes.scores(outputs).argmax(1).tolist() == nearest
 
 
-def save(path, classes=CLASSES, script="pcl_training", prototypes=True, seed=0):
+def save(path, classes=CLASSES, script="pcl_training", prototypes=True, seed=0, weights=(1.0, 1e-4)):
     """A small checkpoint of stage 2, as the scripts write it, untrained."""
     torch.manual_seed(seed)
-    model, weights = resnet(len(classes), 8), (1.0, 1e-4)
+    model = resnet(len(classes), 8)
     criterion = training.PrototypeConformityLoss(len(classes), {"layer3": 64, "fc": 1024}, *weights)
     state = {"script": script, "classes": list(classes), "epoch": 1, "state_dict": model.state_dict()}
     state["config"] = {"weight_prox": weights[0], "weight_conprox": weights[1], "distance": "squared"}
     state["criterion"] = criterion.state_dict() if prototypes else {}
     utils.save_checkpoint(state, path, keep_previous=False)
     return model.eval(), criterion
+
+
+@pytest.mark.parametrize(
+    ("weights", "label"), [((1.0, 0.0), "PCL"), ((0.0, 1.0), "PCL"), ((0.0, 0.0), "No PCL")]
+)
+def test_a_control_is_not_called_pcl(weights, label, tmp_path):
+    save(tmp_path / "run.pth.tar", weights=weights)
+    target = evaluation.load_target(tmp_path / "run.pth.tar", torch.device("cpu"), CLASSES)
+    assert target.label == label
+
+
+def test_settings_of_another_kind_are_none_of_ours(tmp_path):
+    save(tmp_path / "run.pth.tar")
+    state = utils.load_checkpoint(tmp_path / "run.pth.tar")
+    utils.save_checkpoint({**state, "config": "lr 0.1"}, tmp_path / "run.pth.tar", keep_previous=False)
+    target = evaluation.load_target(tmp_path / "run.pth.tar", torch.device("cpu"), CLASSES)
+    assert target.label == "PCL" and "config" not in target.origin
 
 
 def test_prototype_prediction_of_a_checkpoint(tmp_path):
