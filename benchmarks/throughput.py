@@ -58,8 +58,8 @@ class Config:
     # what is measured
     rows: tuple[str, ...] = ROWS
     scaling: bool = False  # measure how ours grows with each of the lists below, and no rows
-    images: int = 512  # of an epoch of training and of its data
-    attack_images: int = 256  # of an epoch in which every image is attacked
+    images: int | None = None  # of an epoch of training and of its data; none: 512, or 12,800 on a GPU
+    attack_images: int | None = None  # of one in which every image is attacked; none: half as many
     repetitions: int = 3  # of each side, taking turns; the median counts
     batch_size: int = 128  # in adversarial training half of them clean
     depth: int = 110
@@ -204,6 +204,7 @@ def our_run(subject: Subject, row: str, split: data.Split) -> training.Run:
         groups += criterion.param_groups(recipe.lr_prox, recipe.lr_conprox)
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, fused=True)
     dataset = data.Dataset(config.dataset, subject.classes, split, split)
+    torch.compiler.reset()  # each row compiles for itself, as the script would
     return training.Run(recipe, dataset, model, criterion, optimizer, None, adversary_of(recipe, row))
 
 
@@ -549,6 +550,10 @@ def main(config: Config) -> None:
     results = Path(config.results)
     utils.prepare_output(results)
     device = utils.select_device(config.device)
+    # On a GPU a short epoch would be all beginning and end.
+    images = config.images or (12_800 if device.type == "cuda" else 512)
+    attack_images = config.attack_images or max(images // 2, 1)
+    config = dataclasses.replace(config, images=images, attack_images=attack_images)
     subject = make_subject(config, device)
     depth = subject.network["depth"]
     if config.scaling:
@@ -577,7 +582,7 @@ def main(config: Config) -> None:
 def check(config: Config) -> None:
     """Raise UsageError for what the shared rules on options do not know."""
     for name in ("images", "attack_images", "repetitions"):
-        if getattr(config, name) < 1:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise utils.UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: is from 1 up")
     for name in ("batch_sizes", "steps", "epoch_sizes"):
         if any(value < 1 for value in getattr(config, name)):
