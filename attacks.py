@@ -58,12 +58,12 @@ def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
 
     In float32 its gradient starts to vanish where the margin passes about 17, and all of it has by 104.
     """
-    return F.cross_entropy(_scores(outputs), labels, reduction="none")
+    return F.cross_entropy(scores(outputs), labels, reduction="none")
 
 
 def margin(outputs: Any, labels: Tensor) -> Tensor:
     """Largest other logit minus the true one, (N,): above 0 where the image is misclassified."""
-    logits = _scores(outputs)
+    logits = scores(outputs)
     true = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.amax(1) - true[:, 0]
@@ -75,17 +75,23 @@ def dlr(outputs: Any, labels: Tensor) -> Tensor:
     Croce & Hein 2020, eq. 6. It is 1, and its gradient 0, wherever the true class comes third. Needs three
     classes or more.
     """
-    logits = _scores(outputs)
+    logits = scores(outputs)
     if logits.shape[1] < 3:
         raise ValueError(f"dlr needs at least 3 classes, got logits of {logits.shape[1]}")
     top = logits.topk(3, dim=1).values
     return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-def _scores(outputs: Any) -> Tensor:
+def scores(outputs: Any) -> Tensor:
     """The logits of a model's outputs, in float32 or wider."""
     logits = getattr(outputs, "logits", outputs)
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def misclassified(outputs: Any, labels: Tensor) -> Tensor:
+    """Which images, (N,) bool, the outputs get wrong; with a score of NaN always."""
+    logits = scores(outputs).detach()
+    return (logits.argmax(1) != labels) | logits.isnan().any(1)
 
 
 # ---- attacks
@@ -226,7 +232,7 @@ def apgd(
         outputs, value, slope = _differentiate(model_fn, points, labels, loss)
         if trace is not None:
             trace(step, slope)
-        return Verdict(points, _misclassified(outputs, labels), value), slope
+        return Verdict(points, misclassified(outputs, labels), value), slope
 
     starts = _random_starts(images, epsilon, ball, restarts, generator)
     runs = (_apgd_run(probe, start, ball, 2 * epsilon, num_steps, rho) for start in starts)
@@ -396,7 +402,7 @@ def _cw_cost(
     outputs = model_fn(points)
     lead = margin(outputs, labels)
     distance = (points - images).square().sum((1, 2, 3))
-    success = (lead >= confidence) & _misclassified(outputs, labels)
+    success = (lead >= confidence) & misclassified(outputs, labels)
     return distance + weight * (confidence - lead).relu(), torch.where(success, distance, torch.inf).detach()
 
 
@@ -568,13 +574,7 @@ def _differentiate(
 @torch.no_grad()
 def _judge(model_fn: ModelFn, images: Tensor, labels: Tensor, loss: Loss) -> Verdict:
     outputs = model_fn(images)
-    return Verdict(images, _misclassified(outputs, labels), _per_image(loss, outputs, labels))
-
-
-def _misclassified(outputs: Any, labels: Tensor) -> Tensor:
-    scores = _scores(outputs).detach()
-    # argmax may point anywhere in scores that are no numbers, which is no right answer.
-    return (scores.argmax(1) != labels) | scores.isnan().any(1)
+    return Verdict(images, misclassified(outputs, labels), _per_image(loss, outputs, labels))
 
 
 def _per_image(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:

@@ -113,9 +113,7 @@ class Target:
 
     def logits(self, images):
         """The judge's scores of `images`, float32 or wider, (N, K)."""
-        outputs = self.judge(images)
-        logits = getattr(outputs, "logits", outputs)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return attacks.scores(self.judge(images))
 
 
 def load_target(path, device, classes, predict="softmax"):
@@ -305,12 +303,9 @@ def try_block(target, trial, images, labels, generator, outcome):
     outcome.gradients = outcome.gradients or zeros.first is not None
     outcome.low = min(outcome.low, attacked.min().item())
     outcome.high = max(outcome.high, attacked.max().item())
-    predicted = logits.argmax(1)
-    # A score that is no number must not pass for a right answer: argmax may point anywhere then.
-    correct = (predicted == labels) & ~logits.isnan().any(1)
     outcome.extend(
-        predicted=predicted,
-        correct=correct,
+        predicted=logits.argmax(1),
+        correct=~attacks.misclassified(logits, labels),
         margin=-attacks.margin(logits, labels),
         linf=change.abs().amax(1),
         l2=change.norm(dim=1),
