@@ -36,23 +36,19 @@ SETTINGS = (
     "--weight-prox 0.001",
     "--weight-conprox 0",
     "--weight-conprox 1e-3",
+    "--weight-conprox 1e-2",
+    "--weight-conprox 1e-1",
     "--prototype-init class-means",
     "--layers layer3",
     "--layers fc",
     "--layers layer2 layer3 fc --aux-dim 512",
     "--distance plain --shared-prototypes --separation --weight-conprox 1 --lr-conprox 0.5",  # Eq. 5
+    "--distance plain --shared-prototypes --separation --weight-conprox 0.1 --lr-conprox 0.5",
+    "--distance plain --shared-prototypes --separation --weight-conprox 0.01 --lr-conprox 0.5",
 )
-FIXED = (
-    "depth",
-    "epochs",
-    "init-from",
-    "save-to",
-    "dataset",
-    "data-dir",
-    "limit",
-    "holdout",
-    "device",
-    "seed",
+FIXED = (  # the same for all runs
+    *("depth", "epochs", "init-from", "save-to", "dataset"),
+    *("data-dir", "limit", "holdout", "device", "seed"),
 )
 
 

@@ -92,3 +92,10 @@ def test_the_default_settings_are_options_of_the_script():
     for options in search.SETTINGS:
         parsed = utils.parse_config(pcl_training.Config, options.split())
         assert training.config_dict(parsed)
+
+
+@pytest.mark.parametrize("setting", ["--depth 14", "--lr 0.1 --epochs=3", "--save-to elsewhere.pth.tar"])
+def test_a_setting_cannot_be_what_all_runs_share(setting, tmp_path):
+    with pytest.raises(utils.UsageError, match="is the same for all of a search"):
+        search.main(config(tmp_path / "found.json", settings=("--weight-prox 1", setting)))
+    assert not list(tmp_path.rglob("*.pth.tar"))
