@@ -19,6 +19,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SATURATES, VANISHES = 17.0, 104.0
 # Attacks that differ in the loss alone, cross-entropy and one that does not saturate.
 ALIKE = (("pgd", "pgd-margin"), ("pgd", "pgd-dlr"), ("apgd-ce", "apgd-dlr"))
+GAP = 5.0  # percent between two that call for a warning; a network trained on PGD images shows 1 to 3
 BLIND = ("noise", "square", "transfer")  # attacks that see no gradient of the network
 GUIDED = {"bim", "mim", "pgd", "pgd-margin", "pgd-dlr", "apgd-ce", "apgd-dlr"}  # that follow it in many steps
 MANY = 25.0  # percent of the images past the first that call for a warning
@@ -169,7 +170,7 @@ def _warnings(found, attacked):
         )
     left = {t.key: o.accuracy for t, o in attacked}
     titles = {t.key: t.title for t, _ in attacked}
-    pairs = [(a, b) for a, b in ALIKE if a in left and b in left and left[a] > left[b] + 1]
+    pairs = [(a, b) for a, b in ALIKE if a in left and b in left and left[a] > left[b] + GAP]
     blind = [b for b in BLIND if b in left and GUIDED & left.keys()]
     guided = min((left[a] for a in GUIDED & left.keys()), default=0.0)
     for plain, other in pairs:
@@ -179,7 +180,7 @@ def _warnings(found, attacked):
             "cross-entropy guides no attack where the network is sure of itself; believe the lower number"
         )
     for name in blind:
-        if guided > left[name] + 1:
+        if guided > left[name] + GAP:
             yield (
                 f"  WARNING, {titles[name]}, which sees no gradient, leaves {left[name]:.2f}, "
                 f"those that follow it {guided:.2f}: it is masked; believe the lower number"

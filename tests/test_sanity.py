@@ -246,6 +246,7 @@ def test_every_table_says_what_masks_gradients(plain):
     ],
 )
 def test_only_attacks_that_differ_in_the_loss_alone_tell_of_the_loss(plain, key, warning):
+    """And not by the point or two that separate them on a healthy network."""
     half, none = torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)
     attacked = [(evaluation.Trial(name, name, 8 / 255), evaluation.Outcome()) for name in (plain, key)]
     for (_, outcome), correct in zip(attacked, (half, none), strict=True):
