@@ -157,7 +157,13 @@ def last_losses(path: str) -> dict[str, float]:
 
 def to_markdown(config: Config, rows: list[dict]) -> str:
     keys = ["cross_entropy", suite.CLEAN, *config.attacks, "worst"]
-    heads = ["setting", "cross-entropy", "No attack", *map(str.upper, config.attacks), "Worst"]
+    heads = [
+        "setting",
+        "cross-entropy",
+        "No attack",
+        *(suite.TITLES[name] for name in config.attacks),
+        "Worst",
+    ]
     cells = [
         [row["name"], *("diverged" if "diverged" in row else f"{row[key]:.2f}" for key in keys)]
         for row in rows

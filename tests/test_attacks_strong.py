@@ -170,7 +170,10 @@ def test_apgd_keeps_an_image_that_only_its_start_would_lose():
     """Misclassified at exactly the image itself: every random start has left that point."""
     images, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.long)
     right = torch.tensor([1.0, 0.0])
-    model_fn = lambda x: torch.where((x == 0.5).all(3).all(2), -right, right) + 0 * x.sum((2, 3))  # noqa: E731
+
+    def model_fn(x):
+        return torch.where((x == 0.5).all(3).all(2), -right, right) + 0 * x.sum((2, 3))
+
     assert wrong(model_fn, images, labels).all()
     assert torch.equal(attacks.apgd(model_fn, images, labels, 0.1, num_steps=3), images)
 

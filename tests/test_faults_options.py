@@ -306,9 +306,8 @@ def test_items_44_and_48_a_plain_locale_closed_streams_and_strange_places(tmp_pa
     done = shell(command, place, LC_ALL="C", PYTHONUTF8="0")
     assert done.returncode == 0
     state = utils.load_checkpoint(place / "ein Modell ß.pth.tar")
-    assert (
-        state["finished"] and (place / "ein Modell ß.log").exists() and (place / "ein Modell ß.csv").exists()
-    )
+    assert state["finished"]
+    assert (place / "ein Modell ß.log").exists() and (place / "ein Modell ß.csv").exists()
 
 
 def test_item_44_a_reader_who_has_seen_enough_stops_nothing(tmp_path):

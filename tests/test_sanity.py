@@ -246,7 +246,6 @@ def test_every_table_says_what_masks_gradients(plain):
     ],
 )
 def test_only_attacks_that_differ_in_the_loss_alone_tell_of_the_loss(plain, key, warning):
-    """And not by the point or two that separate them on a healthy network."""
     half, none = torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)
     attacked = [(evaluation.Trial(name, name, 8 / 255), evaluation.Outcome()) for name in (plain, key)]
     for (_, outcome), correct in zip(attacked, (half, none), strict=True):
@@ -255,6 +254,18 @@ def test_only_attacks_that_differ_in_the_loss_alone_tell_of_the_loss(plain, key,
     found = {"above_17": 0.0, "above_104": 0.0}
     said = list(reports._warnings(found, attacked))
     assert said == [] if warning is None else len(said) == 1 and f"WARNING, {warning}" in said[0]
+
+
+@pytest.mark.parametrize(("left", "warned"), [(35, False), (37, False), (38, True), (60, True)])
+@pytest.mark.parametrize("other", ["pgd-margin", "square"])
+def test_the_points_that_separate_losses_on_a_healthy_network_are_no_warning(other, left, warned):
+    """Of 100 images 32 stay right under the other attack."""
+    attacked = [(evaluation.Trial(name, name, 8 / 255), evaluation.Outcome()) for name in ("pgd", other)]
+    for (_, outcome), right in zip(attacked, (left, 32), strict=True):
+        outcome.extend(**dict.fromkeys(evaluation.COLUMNS, torch.arange(100) < right))
+        outcome.columns["zero_always"] = torch.zeros(100, dtype=torch.bool)
+    said = list(reports._warnings({"above_17": 0.0, "above_104": 0.0}, attacked))
+    assert any("WARNING" in line for line in said) == warned
 
 
 def test_finding_is_one_line(plain):

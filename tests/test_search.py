@@ -43,6 +43,7 @@ def test_every_setting_is_trained_and_measured_on_held_out_images(tmp_path, caps
     assert "40 training and 20 held-out training images" in out and "on 10 held-out training images" in out
     assert path.with_suffix(".md").read_text() in out
     lines = path.with_suffix(".md").read_text().splitlines()
+    assert "FGSM" in lines[0] and "PGD margin" in lines[0]
     assert len(lines) == 2 + len(report["rows"]) and "diverged" in lines[-1]
     for row, line in zip((stage1, control, pcl), lines[2:], strict=False):
         assert row["worst"] <= min(row["fgsm"], row["pgd-margin"]) and f"{row['clean']:.2f}" in line
