@@ -102,9 +102,8 @@ def main(config: Config) -> None:
     targets = [evaluation.load_target(path, device, dataset.classes, config.predict) for path in paths]
     for target in targets:
         training.check_holdout(target.origin, target.path, dataset)
-    source = None
-    if config.source_checkpoint is not None:
-        source = evaluation.load_target(config.source_checkpoint, device, dataset.classes)
+    path = config.source_checkpoint
+    source = None if path is None else evaluation.load_target(path, device, dataset.classes)
     trials = suite.table(config, len(dataset.classes), source)
     points = suite.curves(config, len(dataset.classes))
     checks = sanity.trials(config, len(dataset.classes), source) if config.sanity else {}

@@ -116,8 +116,8 @@ class Search:
         """Train by a script's own `main`, measure, and return the row, which is kept and not made again."""
         given = {**given, **self.shared, "save_to": path, "log_to": None, "resume": True}
         here = ("data_dir", "device")  # of the machine, not of the result
-        what = {name: value for name, value in {**given, **self.measuring}.items() if name not in here}
-        what = json.loads(json.dumps(what))
+        trained = {name: value for name, value in given.items() if name not in here}
+        what = json.loads(json.dumps({"trained": trained, "measured": self.measuring}))
         known = Path(path.replace(".pth.tar", ".row.json"))
         if known.exists() and (kept := json.loads(known.read_text()))["what"] == what:
             return kept["row"]

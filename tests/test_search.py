@@ -83,6 +83,19 @@ def test_a_search_that_runs_out_of_time_goes_on_where_it_was(tmp_path, monkeypat
     assert rows(parts) == rows(whole)
 
 
+def test_rows_of_another_training_are_not_taken_for_this_one(tmp_path):
+    path = tmp_path / "found.json"
+    search.main(config(path, settings=SETTINGS[:1]))
+    with pytest.raises(utils.CheckpointError, match="trained on"):
+        search.main(config(path, settings=SETTINGS[:1], limit=30))
+    search.main(config(path, settings=SETTINGS[:1], images=5))
+    measured = [
+        json.loads(file.read_text())["settings"]["limit"]
+        for file in sorted(path.with_suffix("").glob("*0.json"))
+    ]
+    assert measured == [5]
+
+
 def test_a_slip_in_the_last_setting_is_told_before_anything_is_trained(tmp_path):
     with pytest.raises(utils.UsageError, match="weight-prox"):
         search.main(config(tmp_path / "found.json", settings=("--weight-prox 1", "--weigth-prox 1")))
