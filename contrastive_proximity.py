@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 
 class ContrastiveProximity(nn.Module):
-    """Mean over the batch and the other classes j of ||f_i - w_j||^2 (Eq. 5 of Mustafa et al., ICCV 2019).
+    """Mean over the batch and the other classes j of ||f_i - v_j||^2 (Eq. 5 of Mustafa et al., ICCV 2019).
 
     The value is positive and has no upper bound: the joint loss subtracts it.
 
-    centers: the prototypes w, a parameter, num_classes x feat_dim, drawn from N(0, 1).
+    centers: the prototypes v, a parameter, num_classes x feat_dim, drawn from N(0, 1). In Eq. 5 they are
+        those of the pull; as released they are others.
     squared: squared distances, as released and as in the journal version; False gives Eq. 5's plain ones.
-    separation: adds ||w_{y_i} - w_j||, squared or plain as the rest, to each distance: the last term of Eq.
+    separation: adds ||v_{y_i} - v_j||, squared or plain as the rest, to each distance: the last term of Eq.
         5, which the released code lacks.
     """
 
@@ -41,8 +42,8 @@ class ContrastiveProximity(nn.Module):
 
     def _distances(self, points: Tensor) -> Tensor:
         """Distance of each point, M x feat_dim, to each prototype: M x num_classes."""
-        # Left to itself, cdist expands the square, |f|^2 + |w|^2 - 2fw, which cancels to noise for features
-        # far from the origin. So asked, it subtracts; it keeps no difference for the backward, and its slope
+        # By default cdist expands the square, |f|^2 + |v|^2 - 2fv, which cancels to noise for features far
+        # from the origin. In this mode it subtracts, and keeps no difference for the backward; its gradient
         # at distance 0 is 0.
         centers = self.centers.to(points.dtype)
         distances = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist")

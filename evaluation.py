@@ -139,6 +139,8 @@ def load_target(path, device, classes, predict="softmax"):
     settings = kept.get("config") or {}
     if label.startswith("PCL") and settings.get("weight_prox") == settings.get("weight_conprox") == 0:
         label = f"No {label}"  # stage 2 as a control, with both terms switched off
+    elif label.startswith("PCL") and all(settings.get(name) for name in ("shared_prototypes", "separation")):
+        label = label.replace("PCL", "PCL by Eq. 5")
     return Target(
         label, utils.sha256(path), judge.eval(), view.eval(), str(path), model.depth, prototypes, kept
     )
@@ -299,7 +301,7 @@ def try_block(target, trial, images, labels, generator, outcome):
     with torch.no_grad():
         logits = target.logits(attacked)
         change = (attacked.double() - images.double()).flatten(1)
-    nothing = torch.zeros_like(labels, dtype=torch.bool)
+    nothing, whens = torch.zeros_like(labels, dtype=torch.bool), ("first", "ever", "always")
     outcome.gradients = outcome.gradients or zeros.first is not None
     outcome.low = min(outcome.low, attacked.min().item())
     outcome.high = max(outcome.high, attacked.max().item())
@@ -309,9 +311,7 @@ def try_block(target, trial, images, labels, generator, outcome):
         margin=-attacks.margin(logits, labels),
         linf=change.abs().amax(1),
         l2=change.norm(dim=1),
-        zero_first=zeros.first if zeros.first is not None else nothing,
-        zero_ever=zeros.ever if zeros.ever is not None else nothing,
-        zero_always=zeros.always if zeros.always is not None else nothing,
+        **{f"zero_{when}": nothing if zeros.first is None else getattr(zeros, when) for when in whens},
     )
     return attacked
 

@@ -2,8 +2,12 @@
 
     python pcl_training.py
 
-Cross-entropy and, on the 256-d and 1024-d features, the pull to the own class's prototype less the push from
-the others' (Eq. 5 and 9 of the paper; the released settings, README.md lists where the two differ).
+With features f of 256 and of 1024 dimensions, and prototypes w and v that are trained too, the loss is
+
+    cross-entropy + sum over both features of
+        weight_prox * mean |f_i - w_{y_i}|^2 - weight_conprox * mean over the other classes j |f_i - v_j|^2
+
+as in the released code; README.md lists where Eq. 5 and 9 of the paper differ.
 """
 
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ class Config:
     # data and files
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = None  # the first so many images of each split, class-balanced; none: all
+    limit: int | None = None  # so many images of each split, the first of each class; none: all
     holdout: int = 0  # training images held out and measured in place of the test images, to choose settings
     init_from: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"  # stage 1's checkpoint
     save_to: str = "Models_PCL/CIFAR10_PCL.pth.tar"  # the checkpoint
@@ -29,8 +33,8 @@ class Config:
     resume: bool = False  # go on with the run at save_to, if there is one
     overwrite: bool = False  # start anew over the run at save_to
     # model
-    depth: int = 110  # 6n + 2; 110 as released (18 blocks a stage), 74 is the paper's 12
-    aux_dim: int = 0  # width of the paper's branch on stage 2, which then is layer2 (paper: 512); 0: none
+    depth: int = 110  # 6n + 2; 110 as released, 74 as in the paper; basic blocks, no bottlenecks, below 44
+    aux_dim: int = 0  # width of the paper's branch on the second third of the blocks (paper: 512); 0: none
     fc_dim: int = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
     # optimisation
     epochs: int = 400  # paper: 300
@@ -41,18 +45,18 @@ class Config:
     milestones: tuple[int, ...] = ()  # the released schedule never reaches SGD, so rates stay; paper: 200 250
     gamma: float = 0.1
     # prototype conformity loss
-    layers: tuple[str, ...] = ("layer3", "fc")  # supervised features; the paper's branch adds layer2
-    weight_prox: float = 1.0  # of the pull; 0 switches it off
-    weight_conprox: float = 1e-4  # of the push; 0 switches it off
-    lr_prox: float = 0.5  # of the pull's prototypes, on the term before weighting
-    lr_conprox: float = 1e-4  # of the push's prototypes, likewise
-    distance: str = "squared"  # or plain, as Eq. 5 prints it
+    layers: tuple[str, ...] = ("layer3", "fc")  # features under the PCL; with aux_dim also layer2
+    weight_prox: float = 1.0  # of the pull to the own class's prototype; 0 switches it off
+    weight_conprox: float = 1e-4  # of the push from the others' prototypes; 0 switches it off
+    lr_prox: float = 0.5  # of the pull's prototypes; not scaled by the weight above
+    lr_conprox: float = 1e-4  # of the push's prototypes, likewise; shared ones follow lr_prox
+    distance: str = "squared"  # to a prototype: squared, as released, or plain, as Eq. 5 prints it
     shared_prototypes: bool = False  # one set a layer for pull and push, as in Eq. 5
     separation: bool = False  # push the prototypes apart too, as in Eq. 5
-    prototype_init: str = "normal"  # N(0, 1) as released, or class-means
+    prototype_init: str = "normal"  # normal: N(0, 1), as released; or class-means
     # run
     eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
-    save_every_minutes: float | None = 10.0  # besides after every epoch
+    save_every_minutes: float | None = 10.0  # also within an epoch; none: after each alone
     max_minutes: float | None = None  # stop after so long, saved, to be resumed
     precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
     compile: str = "auto"  # auto (on a GPU), on or off

@@ -23,7 +23,7 @@ import data
 import evaluation
 import training
 import utils
-from robustness import DEFAULT_CHECKPOINTS
+from robustness import checkpoints_of
 
 SUFFIXES = (".png", ".pdf", ".svg")
 LAYERS = ("layer2", "layer3", "fc")
@@ -54,7 +54,7 @@ class Config:
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
     limit: int | None = 1000  # the first so many test images, class-balanced; none: all
-    checkpoints: tuple[str, ...] = ()  # the columns; none given: the default ones that exist
+    checkpoints: tuple[str, ...] = ()  # the columns; none: the scripts' own, or else all in their folders
     picture: str = "features.png"  # .png, .pdf or .svg; the numbers lie beside it as .json
     # features
     layer: str = "fc"  # layer2, layer3 or fc, the penultimate one
@@ -397,12 +397,7 @@ def save_picture(config: Config, dataset: data.Dataset, columns: list[Column]) -
 
 
 def main(config: Config) -> None:
-    paths = config.checkpoints or [path for path in DEFAULT_CHECKPOINTS if Path(path).exists()]
-    if not paths:
-        raise utils.CheckpointError(
-            f"no checkpoint to draw: none of {', '.join(DEFAULT_CHECKPOINTS)} exists; "
-            "python softmax_training.py makes the first, --checkpoints names others"
-        )
+    paths = checkpoints_of(config)
     if Path(config.picture).suffix not in SUFFIXES:
         raise utils.UsageError(f"--picture {config.picture}: picture ends in {', '.join(SUFFIXES)}")
     numbers = Path(config.picture).with_suffix(".json")

@@ -1,7 +1,5 @@
 """What an evaluation found, as a reader wants it: the table, its footnotes, JSON, CSV and pictures."""
 
-import csv
-import io
 import json
 import math
 from functools import reduce
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import data
 import training
 import utils
 from suite import CLEAN, in_255ths
@@ -100,8 +99,17 @@ def to_markdown(targets, trials, progress):
     return "\n".join(lines)
 
 
+PUBLISHED = (
+    "Published by the authors for depth 110, without attack and under FGSM, BIM, MIM and PGD: Softmax 92.15, "
+    "21.48, 0.01, 0.02, 0.00; PCL 89.55, 55.76, 39.75, 36.44, 31.10. Of their robust checkpoint AutoAttack "
+    "leaves 0.28."
+)
+
+
 def footnotes(config, dataset, targets, trials, progress):
     """The settings under a table, line by line, and what the results say of themselves."""
+    if dataset.classes == data.CIFAR10_CLASSES and in_255ths(config.epsilon) == "8/255":
+        yield PUBLISHED
     images = f"{len(dataset.test):,} {dataset.tested} images of {dataset.name}"
     rule = "" if config.predict == "softmax" else "; predicted by the nearest prototype (Eq. 6)"
     yield (
@@ -198,11 +206,11 @@ def _warnings(found, attacked):
 def write(config, dataset, targets, trials, points, findings, progress):
     """Write the JSON file at `config.results`; table, images, curves and model cards lie beside it."""
     found = (dataset, targets, trials, progress)
-    utils.write_text(beside(config, ".csv"), to_csv(list(table_rows(*found))))
-    utils.write_text(beside(config, ".images.csv"), to_csv(list(image_rows(*found))))
+    write_rows(beside(config, ".csv"), list(table_rows(*found)))
+    write_rows(beside(config, ".images.csv"), list(image_rows(*found)))
     more = {}
     if points and (rows := list(curve_rows(targets, points, progress))):
-        utils.write_text(beside(config, ".curves.csv"), to_csv(rows))
+        write_rows(beside(config, ".curves.csv"), rows)
         more["curves"] = rows
     if findings:
         more["sanity"] = {sha256: [f._asdict() for f in checks] for sha256, checks in findings.items()}
@@ -211,6 +219,10 @@ def write(config, dataset, targets, trials, points, findings, progress):
             card = model_card(config, dataset, target, trials, progress)
             utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), card)
     utils.write_text(config.results, to_json(config, *found, **more))
+
+
+def write_rows(path, rows):
+    utils.write_text(path, utils.csv_text(list(rows[0]), rows))
 
 
 def outputs(config):
@@ -294,15 +306,6 @@ def _summary(trial, outcome, labels, classes):
         "seconds": round(outcome.seconds, 2),
         "robust": bits(outcome.correct),
     }
-
-
-def to_csv(rows):
-    """Dicts of the same keys as CSV text."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{k: "" if v is None else v for k, v in row.items()} for row in rows])
-    return out.getvalue()
 
 
 def table_rows(dataset, targets, trials, progress):

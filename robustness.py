@@ -3,15 +3,16 @@
     python robustness.py
     python robustness.py --attacks fgsm bim mim pgd pgd-margin apgd-dlr square autoattack --sanity
 
-With no option it measures every default checkpoint that exists with no attack and under FGSM, BIM, MIM and
-PGD at 8/255 with the settings of the released evaluation, then under PGD on the logit margin, which masked
-gradients do not stop. It prints the table in Markdown and writes it, with all that is needed to repeat it, to
-a JSON file and CSV files beside it. Depth and class count come from each checkpoint.
+With no option it measures the checkpoints that the training scripts made, or else all in their folders:
+without attack and under FGSM, BIM, MIM and PGD at 8/255 with the settings of the released evaluation, then
+under PGD on the logit margin, which masked gradients do not stop. It prints the table in Markdown and writes
+it, with all that is needed to repeat it, to a JSON file and CSV files beside it. Depth and class count come
+from each checkpoint.
 
 Attacks: fgsm bim mim pgd, and apgd-ce, on cross-entropy; pgd-margin pgd-dlr apgd-dlr on losses that do not
 saturate; joint and prototype on what stage 2 trains; square by scores alone; transfer from another network;
-cw of least distance; noise; autoattack, the reference implementation. Where the two kinds of number differ,
-the lower is the one to believe, and --sanity says why.
+cw of least distance; noise; autoattack, the reference implementation. Where a loss that does not saturate, or
+square, leaves less than cross-entropy does, the lower number is the one to believe; --sanity looks for more.
 """
 
 import dataclasses
@@ -40,9 +41,11 @@ class Config:
     # data and files
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = None  # the first so many test images, class-balanced; none: all
+    limit: int | None = None  # so many test images, the first of each class; none: all
     holdout: int = 0  # measure on the training images that the training with this --holdout left out
-    checkpoints: tuple[str, ...] = ()  # the files to measure; none given: the default ones that exist
+    checkpoints: tuple[
+        str, ...
+    ] = ()  # the files to measure; none: the scripts' own, or else all in their folders
     source_checkpoint: str | None = None  # the network on which `transfer` makes its images
     results: str = "results/robustness.json"  # the numbers with all settings and versions; CSV files beside
     resume: bool = False  # go on with a stopped evaluation of the same checkpoints, data and settings
@@ -62,10 +65,10 @@ class Config:
     predict: str = "softmax"  # the largest logit, or prototype: the nearest one (Eq. 6)
     # more than the table
     sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
-    sanity_images: int = 200  # that the checks look at, class-balanced
+    sanity_images: int = 200  # for the checks of --sanity, class-balanced
     epsilons: tuple[float, ...] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255 16/255
     step_counts: tuple[int, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
-    curve_attacks: tuple[str, ...] = ("pgd", "pgd-margin")  # that the curves are drawn for
+    curve_attacks: tuple[str, ...] = ("pgd", "pgd-margin")  # of these two curves
     save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
     model_card: bool = False  # a file for each checkpoint with RobustBench's keys, beside the results
     # run
@@ -74,13 +77,24 @@ class Config:
     seed: int = 0
 
 
-def main(config: Config) -> None:
-    paths = config.checkpoints or [path for path in DEFAULT_CHECKPOINTS if Path(path).exists()]
-    if not paths:
+def checkpoints_of(config) -> list[str]:
+    """The files to measure: those named, else the scripts' own that exist, else all in the scripts' folders.
+
+    Raises CheckpointError when there is none.
+    """
+    default = [path for path in DEFAULT_CHECKPOINTS if Path(path).exists()]
+    folders = dict.fromkeys(Path(path).parent for path in DEFAULT_CHECKPOINTS)
+    there = [str(path) for folder in folders for path in sorted(folder.glob("*.pth.tar"))]
+    if not (found := list(config.checkpoints) or default or there):
         raise utils.CheckpointError(
-            f"no checkpoint to measure: none of {', '.join(DEFAULT_CHECKPOINTS)} exists; "
+            f"no checkpoint: none of {', '.join(DEFAULT_CHECKPOINTS)} exists; "
             "python softmax_training.py makes the first, --checkpoints names others"
         )
+    return found
+
+
+def main(config: Config) -> None:
+    paths = checkpoints_of(config)
     suite.check(config)
     for output in reports.outputs(config):
         utils.prepare_output(output)
@@ -109,11 +123,12 @@ def main(config: Config) -> None:
     checks = sanity.trials(config, len(dataset.classes), source) if config.sanity else {}
     identity = evaluation.fingerprint(config, dataset, targets, source)
     progress = evaluation.Progress(config.results, identity)
-    progress.open(config.resume, config.overwrite)
     everything = [*trials, *(point.trial for point in points), *checks.values()]
-    evaluation.measure_all(config, targets, dataset.test, everything, progress)
-    report(config, dataset, targets, trials, points, checks, progress)
-    progress.remove()
+    with utils.hold(config.results):
+        progress.open(config.resume, config.overwrite)
+        evaluation.measure_all(config, targets, dataset.test, everything, progress)
+        report(config, dataset, targets, trials, points, checks, progress)
+        progress.remove()
 
 
 def report(config, dataset, targets, trials, points, checks, progress):
@@ -127,8 +142,10 @@ def report(config, dataset, targets, trials, points, checks, progress):
     for line in reports.footnotes(config, dataset, targets, trials, progress):
         utils.say(line)
     for label, target in zip(reports.row_labels(targets), targets, strict=True):
-        for number, finding in enumerate(findings.get(target.sha256, ())):
-            utils.say(f"{'' if number else f'{chr(10)}sanity of {label}:{chr(10)}'}{finding}")
+        if checks:
+            utils.say(f"\nsanity of {label}:")
+        for finding in findings.get(target.sha256, ()):
+            utils.say(str(finding))
     if points and not pictures.curves(targets, points, progress, reports.beside(config, ".curves.png")):
         utils.say("no picture of the curves: pip install matplotlib")
     for folder in evaluation.kept_folders(config, targets, trials):

@@ -21,14 +21,14 @@ class Config:
     # data and files
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = None  # the first so many images of each split, class-balanced; none: all
+    limit: int | None = None  # so many images of each split, the first of each class; none: all
     holdout: int = 0  # training images held out and measured in place of the test images, to choose settings
     save_to: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"  # the checkpoint
     log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
     resume: bool = False  # go on with the run at save_to, if there is one
     overwrite: bool = False  # start anew over the run at save_to
     # model
-    depth: int = 110  # 6n + 2; 110 as released (18 blocks a stage), 74 is the paper's 12
+    depth: int = 110  # 6n + 2; 110 as released, 74 as in the paper; basic blocks, no bottlenecks, below 44
     fc_dim: int = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
     # optimisation
     epochs: int = 164  # paper: 200
@@ -36,15 +36,11 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    milestones: tuple[int, ...] = (
-        81,
-        122,
-        140,
-    )  # epochs after which every learning rate is multiplied by gamma
+    milestones: tuple[int, ...] = (81, 122, 140)  # epochs after which the rate is multiplied by gamma
     gamma: float = 0.1
     # run
     eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
-    save_every_minutes: float | None = 10.0  # besides after every epoch
+    save_every_minutes: float | None = 10.0  # also within an epoch; none: after each alone
     max_minutes: float | None = None  # stop after so long, saved, to be resumed
     precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
     compile: str = "auto"  # auto (on a GPU), on or off

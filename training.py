@@ -2,12 +2,10 @@
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import importlib.util
 import inspect
-import io
 import math
 import os
 import shutil
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attacks
 import data
 import utils
 from contrastive_proximity import ContrastiveProximity
@@ -91,26 +90,29 @@ class PrototypeConformityLoss(nn.Module):
                 )
             if shared and weight_prox and weight_conprox:
                 self.contrastive[layer].centers = self.proximity[layer].centers
-        pull, push = ("proximity",) * bool(weight_prox), ("contrastive",) * bool(weight_conprox)
-        self.terms = ("cross_entropy", *pull, *push)
+        self.terms = ("cross_entropy",)
+        self.terms += ("proximity",) if weight_prox else ()
+        self.terms += ("contrastive",) if weight_conprox else ()
 
     def forward(self, outputs, labels):
         """Return (loss, its terms before weighting, detached) for the network's outputs on N images."""
-        cross_entropy = F.cross_entropy(outputs.logits.float(), labels)
-        loss, parts = cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        loss = F.cross_entropy(outputs.logits.float(), labels)
+        parts = {"cross_entropy": loss.detach()}
         if self.proximity:
             pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())
-            loss, parts["proximity"] = loss + self.weights[0] * pull, pull.detach()
+            loss = loss + self.weights[0] * pull
+            parts["proximity"] = pull.detach()
         if self.contrastive:
             push = sum(term(getattr(outputs, layer), labels) for layer, term in self.contrastive.items())
-            loss, parts["contrastive"] = loss - self.weights[1] * push, push.detach()
+            loss = loss - self.weights[1] * push
+            parts["contrastive"] = push.detach()
         return loss, parts
 
     def param_groups(self, lr_prox, lr_conprox):
         """Return the prototypes' optimiser groups: plain SGD on the unweighted terms.
 
         The released scripts divide a prototype's gradient by its loss weight before the step; for SGD without
-        momentum that is a learning rate divided by the weight.
+        momentum that is a learning rate divided by the weight. Shared prototypes are in the pull's group.
         """
         pull = list(self.proximity.parameters())
         push = [p for p in self.contrastive.parameters() if not any(p is other for other in pull)]
@@ -293,14 +295,15 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
     Interrupted after a saved stop (by a signal, or by --max-minutes), DivergenceError, and the faults of
     `utils`.
     """
-    run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
-    if not run.open():
-        return
-    with utils.hold(run.log_path), utils.StopSignals() as stop:
-        while run.epoch < config.epochs:
-            run.train_epoch(stop)
-            run.close_epoch()
-            run.leave_if_asked(stop)
+    with utils.hold(config.save_to):
+        run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
+        if not run.open():
+            return
+        with utils.StopSignals() as stop:
+            while run.epoch < config.epochs:
+                run.train_epoch(stop)
+                run.close_epoch()
+                run.save_or_leave(stop)
     utils.say(f"finished: {config.save_to}, sha256 {utils.sha256(config.save_to)}")
     if stop.received:
         raise utils.Interrupted(
@@ -329,10 +332,13 @@ class Run:
         self.epoch, self.batch, self.history = 0, 0, []
         self.sums, self.images = {}, 0  # of this epoch: loss terms added up over the images seen
         self.recent = collections.deque(maxlen=WATCH_EVERY + LAST_GOOD)  # (where, loss terms) of each batch
+        self.lost = torch.zeros(
+            (), dtype=torch.bool, device=self.device
+        )  # whether a loss was NaN, or ran away
         self.warned = False
-        self.opened = self.saved = time.monotonic()
-        self.begun = (self.opened, 0)  # when this epoch, or what was left of it, began, and at which batch
-        self.kept = False  # whether the checkpoint at save_to is of this run
+        self.run_began = self.saved = time.monotonic()
+        self.epoch_began = (self.run_began, 0)  # this epoch, or what was left of it: when, and at which batch
+        self.has_checkpoint = False  # whether the checkpoint at save_to is of this run
         self.log = []  # the lines of the log, which a checkpoint holds and a resumed run restores
         beside = config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log"
         self.log_path = Path(config.log_to or beside)
@@ -345,8 +351,6 @@ class Run:
         self.data = describe(self.dataset)
         for output in (path, self.log_path, self.log_path.with_suffix(".csv")):
             utils.prepare_output(output)
-        if self.log_path.exists():
-            utils.hold(self.log_path).close()  # not held by a run under way
         if resumes(config):
             warnings = []
             self.restore(utils.load_newest(path, warn=warnings.append))
@@ -404,7 +408,7 @@ class Run:
                 f"{path}: does not fit this run ({type(error).__name__}: {reason}); use another copy, or "
                 "--overwrite starts anew"
             ) from None
-        self.kept = True
+        self.has_checkpoint = True
         if self.log:  # what a killed run logged after its last save is done again; format 1 held no log
             utils.write_text(self.log_path, "".join(f"{line}\n" for line in self.log))
         self.write_metrics()
@@ -438,7 +442,7 @@ class Run:
         """Train from the current batch to the end of the epoch."""
         config, split = self.config, self.dataset.train
         total = data.num_batches(len(split), config.batch_size)
-        self.begun = (time.monotonic(), self.batch)
+        self.epoch_began = (time.monotonic(), self.batch)
         order = utils.generator(config.seed, "order", self.epoch)
         batches = data.epoch_batches(split, config.batch_size, order, start_batch=self.batch)
         self.model.train()
@@ -451,9 +455,9 @@ class Run:
             self.step(images, labels)
             self.batch = index + 1
             if self.batch < total:
-                self.leave_if_asked(stop)
+                self.save_or_leave(stop)
 
-    def functions(self, size):
+    def losses_and_view(self, size):
         """(losses, view) for a batch of `size` clean images: compiled, where it is a full one.
 
         To compile for one other size, that of an epoch's last batch, would take as long again.
@@ -463,10 +467,10 @@ class Run:
 
     def attack(self, images, labels, index):
         """Adversarial images for a batch, in the training precision."""
-        _, view = self.functions(len(labels))
+        _, view = self.losses_and_view(len(labels))
         generator = utils.generator(self.config.seed, "attack", self.epoch, index)
         self.view.refresh()
-        with self.autocast():
+        with self.autocast(), attacks.trusting():  # `to_float` made the images
             attacked = self.adversary(view, images, labels, generator)
         return attacked.contiguous(memory_format=torch.channels_last)
 
@@ -475,7 +479,7 @@ class Run:
 
     def step(self, images, labels):
         """One optimisation step; the loss terms are added up on the device."""
-        losses, _ = self.functions(len(labels) // (1 if self.adversary is None else 2))
+        losses, _ = self.losses_and_view(len(labels) // (1 if self.adversary is None else 2))
         loss, terms, correct = losses(images, labels)
         terms = {"loss": loss.detach(), **terms}
         terms = {name: value.clone() for name, value in terms.items()}  # the next replay overwrites them
@@ -497,17 +501,20 @@ class Run:
     # ------------------------------------------------ divergence
 
     def watch(self, terms):
-        """Raise DivergenceError before a step that would follow a lost loss; warn of a term that runs away.
+        """See to it that no step follows a lost loss; warn of a term that runs away.
 
-        Reading a loss waits for a GPU, so there it happens every WATCH_EVERY batches; a NaN in between stays
-        in the sums and the weights, which are looked at before each save.
+        Reading a loss waits for a GPU, so there the run ends at the next of every WATCH_EVERY batches, or
+        before a save; until then an optimiser with `fused` leaves the weights as they were.
         """
         self.recent.append((f"epoch {self.epoch + 1}, batch {self.batch + 1}", terms))
+        largest = torch.stack([value.abs() for value in terms.values()]).max()
+        self.lost = self.lost | ~(largest <= RUNAWAY_STOP)  # so written, NaN is larger than anything
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = self.lost.float()  # where it is 1, a fused step does nothing
         if self.device.type == "cpu" or self.batch % WATCH_EVERY == 0:
-            largest = torch.stack([value.double().abs() for value in terms.values()]).max().item()
-            if not largest <= RUNAWAY_STOP:  # so written, NaN is larger than anything
+            if self.lost:
                 raise self.divergence()
-            if largest > RUNAWAY_WARNING and not self.warned:
+            if not self.warned and largest > RUNAWAY_WARNING:
                 self.warned = True
                 self.say(f"warning: a loss term is running away: {terms_text(*self.recent[-1])}")
 
@@ -515,7 +522,7 @@ class Run:
         """Raise DivergenceError when a loss of this epoch or a weight is lost: nothing lost is ever saved."""
         parts = (self.sums, self.model.state_dict(), self.criterion.state_dict())
         values = [value.flatten() for part in parts for value in part.values() if value.is_floating_point()]
-        if not torch.cat(values).isfinite().all():
+        if self.lost or not torch.cat(values).isfinite().all():
             raise self.divergence()
 
     def divergence(self):
@@ -541,8 +548,9 @@ class Run:
     def close_epoch(self):
         """Log the epoch's row, step the schedule, save."""
         config, means = self.config, self.means()
-        batches = data.num_batches(len(self.dataset.train), config.batch_size) - self.begun[1]
-        seconds = max(time.monotonic() - self.begun[0], 1e-9)
+        total = data.num_batches(len(self.dataset.train), config.batch_size)
+        batches = total - self.epoch_began[1]
+        seconds = max(time.monotonic() - self.epoch_began[0], 1e-9)
         row = {name: means[name] for name in self.columns() if name in means}
         row["train_accuracy"] = 100 * means["correct"]
         row |= {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], "test_accuracy": None}
@@ -553,29 +561,28 @@ class Run:
         self.scheduler.step()
         self.history.append({name: row[name] for name in self.columns()})
         self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
-        left = seconds * (config.epochs - self.epoch)
+        left = seconds / batches * total * (config.epochs - self.epoch)
         speed = f"{batches * config.batch_size / seconds:7.0f} images/s  {clock(left)} left"
         self.log.append(f"{format_row(self.history[-1])}  {speed}")
         self.save()  # the line with it: killed before the line is written, a resumed run writes it
         utils.say(self.log[-1], self.log_path)
 
-    def leave_if_asked(self, stop):
-        """Save when it is time to, or when a signal or --max-minutes asks for a stop; then leave."""
+    def save_or_leave(self, stop):
+        """Save when it is time to; when a signal or --max-minutes asks for a stop, save and leave."""
         config, now = self.config, time.monotonic()
-        out_of_time = config.max_minutes is not None and now - self.opened > 60 * config.max_minutes
-        due = config.save_every_minutes is not None and now - self.saved > 60 * config.save_every_minutes
-        stopping = (stop.received or out_of_time) and self.epoch < config.epochs
-        where = f"epoch {self.epoch + 1}, batch {self.batch}"
-        message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
-        if stopping:
+        out_of_time = config.max_minutes is not None and now - self.run_began > 60 * config.max_minutes
+        if (stop.received or out_of_time) and self.epoch < config.epochs:
+            where = f"epoch {self.epoch + 1}, batch {self.batch}"
+            message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
             self.log.append(message)
-        if stopping or (due and self.batch):  # an epoch that is over is saved already
             self.save()
-        if stopping:
             utils.note(message, self.log_path)
             if not stop.received:
                 utils.say(message)
             raise utils.Interrupted(stop.received, message)
+        due = config.save_every_minutes is not None and now - self.saved > 60 * config.save_every_minutes
+        if due and self.batch:  # an epoch that is over is saved already
+            self.save()
 
     def save(self):
         """Write the checkpoint, and the metrics that lie beside the log."""
@@ -600,12 +607,12 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        utils.save_checkpoint(state, self.config.save_to, keep_previous=self.kept and not finished)
-        self.kept, self.saved = True, time.monotonic()
+        utils.save_checkpoint(state, self.config.save_to, keep_previous=self.has_checkpoint and not finished)
+        self.has_checkpoint, self.saved = True, time.monotonic()
         self.write_metrics()
 
     def write_metrics(self):
-        utils.write_text(self.log_path.with_suffix(".csv"), to_csv(self.columns(), self.history))
+        utils.write_text(self.log_path.with_suffix(".csv"), utils.csv_text(self.columns(), self.history))
 
     def say(self, line):
         self.log.append(line)
@@ -668,15 +675,6 @@ def format_row(row):
         text = "-" if value is None else f"{value:.2f}" if name.endswith("accuracy") else f"{value:.5g}"
         cells.append(f"{text:>{width}}")
     return "  ".join(cells)
-
-
-def to_csv(columns, rows):
-    """The metrics as CSV text, full precision."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{k: "" if v is None else v for k, v in row.items()} for row in rows])
-    return out.getvalue()
 
 
 def clock(seconds):

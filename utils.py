@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -156,7 +157,8 @@ def describe_error(error):
 def _is_out_of_memory(error):
     """Whether memory ran out: a GPU's has a class of its own, a CPU's is told by its words alone."""
     return not isinstance(error, RuntimeError) or any(
-        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
+        words in str(error)
+        for words in ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     )
 
 
@@ -246,7 +248,9 @@ def _in_unit(value):
 # What a value may be, by the option's name: (test, what is allowed). Every script shares these names.
 RULES = {
     **dict.fromkeys(("epsilon", "epsilon_min", "epsilon_max"), (_in_unit, "lies in [0, 1]; 8/255?")),
-    **dict.fromkeys(("lr", "lr_prox", "lr_conprox", "gamma"), (lambda v: v > 0, "is a number above 0")),
+    **dict.fromkeys(
+        ("lr", "lr_prox", "lr_conprox", "gamma", "cw_lr"), (lambda v: v > 0, "is a number above 0")
+    ),
     **dict.fromkeys(
         ("weight_prox", "weight_conprox", "weight_decay", "decay"),
         (lambda v: v >= 0, "is a number from 0 up"),
@@ -254,11 +258,23 @@ RULES = {
     "step_size": (lambda v: 0 < v <= 1, "lies in (0, 1]; 2/255?"),
     "momentum": (lambda v: 0 <= v < 1, "lies in [0, 1)"),
     **dict.fromkeys(
-        ("epochs", "batch_size", "num_steps", "restarts", "eval_every", "limit"),
+        (
+            *("epochs", "batch_size", "num_steps", "restarts", "eval_every", "limit"),
+            *("apgd_steps", "num_queries", "cw_steps", "sanity_images"),
+            *("images", "attack_images", "test_images", "repetitions", "pcl_epochs"),
+        ),
         (lambda v: v >= 1, "is a whole number from 1 up"),
     ),
+    **dict.fromkeys(
+        ("batch_sizes", "steps", "step_counts", "epoch_sizes"),
+        (lambda v: all(n >= 1 for n in v), "are whole numbers from 1 up"),
+    ),
+    "epsilons": (lambda v: all(map(_in_unit, v)), "lie in [0, 1]; 0 2/255 4/255 8/255?"),
+    "workers": (lambda v: v >= 0, "is a number of processes, from 0 up"),
+    "results": (lambda v: v.endswith(".json"), "names a .json file; tables lie beside it"),
     "holdout": (lambda v: v >= 0, "is a number of training images, 0 to hold out none"),
     "seed": (lambda v: 0 <= v < 2**63, "is a whole number from 0 to 2^63 - 1"),
+    "seeds": (lambda v: v and all(0 <= s < 2**63 for s in v), "are whole numbers from 0 to 2^63 - 1"),
     "aux_dim": (lambda v: v >= 0, "is a whole number from 0 up; 0 is without the branch"),
     "fc_dim": (lambda v: v >= 1, "is a whole number from 1 up; 1024 in the paper, 2 in its Figure 1"),
     "depth": (lambda v: v >= 8 and v % 6 == 2, "is 6n + 2: 8, 14, 20, ... 110"),
@@ -301,11 +317,14 @@ def parse_config(config_class, argv=None, choices=None):
     parser = _Parser(description=_docstring(config_class), allow_abbrev=False, add_help=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     hints, notes = typing.get_type_hints(config_class), _notes(config_class)
-    group = parser
+    named, group = {**CHOICES, **(choices or {})}, parser
     for field in dataclasses.fields(config_class):
-        heading, note = notes.get(field.name, (None, ""))
+        heading, written, note = notes.get(field.name, (None, "", ""))
         group = parser.add_argument_group(heading) if heading else group
-        _add_option(group, field, hints[field.name], note)
+        if any(name not in note for name in named.get(field.name, ())):
+            note += f"; of {', '.join(named[field.name])}"
+        default = written.replace(" ", "") if isinstance(field.default, float) else _show(field.default)
+        _add_option(group, field, hints[field.name], f"{note} [{default or 'none'}]")
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
@@ -320,21 +339,20 @@ def _docstring(config_class):
 
 
 def _notes(config_class):
-    """Map each field to (heading of the group it opens or None, its trailing comment)."""
+    """Map each field to (heading of the group it opens or None, its default as written, trailing comment)."""
     notes, heading = {}, None
     for line in inspect.getsource(config_class).splitlines():
         if match := re.match(r"    # (.+)", line):
             heading = match[1]
-        elif match := re.match(r"    (\w+): .*?(?:  # (.*))?$", line):
-            notes[match[1]] = (heading, match[2] or "")
+        elif match := re.match(r"    (\w+): [^=]*= (.*?)(?:  # (.*))?$", line):
+            notes[match[1]] = (heading, match[2], match[3] or "")
             heading = None
     return notes
 
 
 def _add_option(group, field, hint, note):
     option = "--" + field.name.replace("_", "-")
-    common = {"dest": field.name, "default": field.default, "help": f"{note} [{_show(field.default)}]"}
-    common["help"] = common["help"].replace("%", "%%")
+    common = {"dest": field.name, "default": field.default, "help": note.replace("%", "%%")}
     if hint is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
     elif typing.get_origin(hint) is tuple:
@@ -379,11 +397,11 @@ def validate(config, choices=None):
             kind = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
             raise UsageError(f"{where}: {field.name} is of type {kind}, not {type(value).__name__}")
         parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, str) and (not v or "\0" in v) for v in parts):
+            raise UsageError(f"{where}: {field.name} is a text, not empty and without a zero byte")
         test, allowed = RULES.get(field.name, (lambda v: True, "is a finite number below 2^63 in size"))
         if any(_is_number(v) and not abs(v) < 2**63 for v in parts) or not (value is None or test(value)):
             raise UsageError(f"{where}: {field.name} {allowed}")
-        if any(isinstance(v, str) and (not v or "\0" in v) for v in parts):
-            raise UsageError(f"{where}: {field.name} is a text, not empty and without a zero byte")
         for name in parts:
             if field.name in choices and name is not None and name not in choices[field.name]:
                 raise UsageError(unknown_name(where.split()[0], name, choices[field.name]))
@@ -395,7 +413,7 @@ def _validate_together(config):
     if getattr(config, "epsilon_min", 0) > getattr(config, "epsilon_max", 1):
         raise UsageError(f"--epsilon-min {config.epsilon_min} is above --epsilon-max {config.epsilon_max}")
     log_to = getattr(config, "log_to", None)
-    if log_to and (log_to.endswith(".csv") or Path(log_to) == Path(config.save_to)):
+    if log_to and len({Path(log_to), Path(log_to).with_suffix(".csv"), Path(config.save_to)}) < 3:
         raise UsageError(f"--log-to {log_to}: the checkpoint and the metrics (.csv) have names of their own")
 
 
@@ -434,10 +452,12 @@ def select_device(name):
         return device
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # refuses "meta" too, which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise UsageError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what names no device, such as pinned memory, would go to the first
     return device
 
 
@@ -532,24 +552,48 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
 def hold(path):
-    """Open a file and hold it until what is returned is closed, or the process ends.
+    """Within it no other process holds `path`, which a lock file beside it sees to; makes the folder.
 
-    Raises FileSystemError when another process holds it. Where files cannot be locked, none is.
+    Raises FileSystemError when another process does hold it. Where files cannot be locked, none is.
     """
-    file = open(path, "ab")  # noqa: SIM115
+    lock = Path(f"{path}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise FileSystemError(f"{path}: cannot write there ({error.strerror}); choose another path") from None
+    with file:
+        if not _locked(file, lock):
+            raise FileSystemError(f"{path}: another process is writing it; wait for its end, or name another")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
+
+
+def _locked(file, path):
+    """Take the lock of an open file, unless another process has it or has just removed the file."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FileSystemError(
-            f"{path}: another process is writing it; wait for its end, or name another --save-to"
-        ) from None
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
     except (ImportError, OSError):  # Windows, some network file systems
-        pass
-    return file
+        return True
+
+
+def csv_text(columns, rows):
+    """Dicts as CSV text, None as an empty cell."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def write_bytes(path, content):

@@ -42,9 +42,9 @@ SETTINGS = (
     "--layers layer3",
     "--layers fc",
     "--layers layer2 layer3 fc --aux-dim 512",
-    "--distance plain --shared-prototypes --separation --weight-conprox 1 --lr-conprox 0.5",  # Eq. 5
-    "--distance plain --shared-prototypes --separation --weight-conprox 0.1 --lr-conprox 0.5",
-    "--distance plain --shared-prototypes --separation --weight-conprox 0.01 --lr-conprox 0.5",
+    "--distance plain --shared-prototypes --separation --weight-conprox 1",  # Eq. 5
+    "--distance plain --shared-prototypes --separation --weight-conprox 0.1",
+    "--distance plain --shared-prototypes --separation --weight-conprox 0.01",
 )
 FIXED = (  # the same for all runs
     *("depth", "epochs", "init-from", "save-to", "dataset"),

@@ -84,15 +84,30 @@ def on_device(values):
     return tree_map(lambda value: Elsewhere(value) if isinstance(value, torch.Tensor) else value, values)
 
 
+class FusedSGD(torch.optim.SGD):
+    """SGD with what the fused kernel does: no step where `found_inf` is 1, which the host does not learn."""
+
+    found_inf = None
+
+    def __init__(self, params, *, fused, **options):
+        super().__init__(params, foreach=False, **options)
+        self.defaults["fused"] = fused
+
+    def step(self):
+        lost, self.found_inf = self.found_inf, None
+        if lost is None or not on_cpu(lost):
+            super().step()
+
+
 @contextlib.contextmanager
 def only_device(monkeypatch):
     """Within it DEVICE is the one that scripts select, and checkpoints can be written from it."""
-    autocast, sgd, save = torch.autocast, torch.optim.SGD, torch.save
+    autocast, save = torch.autocast, torch.save
     with monkeypatch.context() as patch, Everywhere():
         patch.setattr(utils, "select_device", lambda name: DEVICE)
         patch.setattr(
             torch, "autocast", lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs)
         )
-        patch.setattr(torch.optim, "SGD", lambda *args, fused, **kwargs: sgd(*args, foreach=False, **kwargs))
+        patch.setattr(torch.optim, "SGD", FusedSGD)
         patch.setattr(torch, "save", lambda state, *args: save(on_cpu(state), *args))
         yield

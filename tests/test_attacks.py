@@ -667,3 +667,12 @@ def test_mim_moves_where_the_norm_of_the_gradient_overflows():
     images, labels = torch.full((2, 3, 2, 2), 0.01), torch.tensor([1, 1])
     moved = attacks.mim(model, images, labels, 8 / 255)
     assert torch.equal(moved, attacks.bim(model, images, labels, 8 / 255)) and not torch.equal(moved, images)
+
+
+def test_images_are_taken_on_trust_where_that_is_asked_for_and_nowhere_else():
+    model, labels = (lambda images: images.flatten(1)), torch.tensor([0])
+    images = torch.full((1, 3, 2, 2), 1.5)
+    with attacks.trusting():
+        attacks.fgsm(model, images, labels, 0.1)
+    with pytest.raises(ValueError, match=r"pixels lie in \[0, 1\]"):
+        attacks.fgsm(model, images, labels, 0.1)

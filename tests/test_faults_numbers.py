@@ -1,6 +1,6 @@
 """Divergence: a loss or a weight that is lost stops the run before it is saved (items 31 and 32)."""
 
-import copy
+import contextlib
 import re
 
 import pytest
@@ -94,21 +94,43 @@ def test_a_run_that_is_well_is_not_warned_of(stage_1, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+class LostAt31(training.CrossEntropyLoss):
+    """Cross-entropy, but for one batch."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.batch = value, 0
+
+    def forward(self, outputs, labels):
+        loss, terms = super().forward(outputs, labels)
+        self.batch += 1
+        return loss + (self.value if self.batch == 31 else 0), terms
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2e9])
-def test_a_lost_loss_is_found_where_only_every_fiftieth_batch_is_looked_at(value):
-    """As on a GPU: the message names the batch where it began, not the one where it was seen."""
-    dataset = training.data.load("synthetic", "data", limit=12)
-    config = softmax_training.Config(save_to="unused.pth.tar", precision="float32")
+def test_a_lost_loss_moves_no_weight_where_few_batches_are_looked_at(value, tmp_path, monkeypatch):
+    """As on a GPU: the run ends later, but as if it had at once, and names the batch where it began."""
+    dataset = training.data.load("synthetic", "data", limit=2)
+    config = softmax_training.Config(save_to=str(tmp_path / "run.pth.tar"), precision="float32", batch_size=2)
     model = softmax_training.resnet(10, 8)
-    run = training.Run(config, dataset, model, training.CrossEntropyLoss(), None, None, None)
-    run.device = torch.device("meta")
-    good, bad = {"loss": torch.tensor(1.5)}, {"loss": torch.tensor(value)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+    run = training.Run(config, dataset, model, LostAt31(value), optimizer, None, None)
+    images, labels = training.data.to_float(dataset.train.images), dataset.train.labels
+    weights = []
+    monkeypatch.setattr(run, "device", torch.device("meta"))
+    monkeypatch.setattr(run, "autocast", contextlib.nullcontext)
     with pytest.raises(
-        training.DivergenceError, match=r"batch 31: .*last good batches: .*batch 28.*batch 30: loss 1.5;"
+        training.DivergenceError, match=r"batch 31: .*last good batches: .*batch 28.*batch 30: "
     ):
         for run.batch in range(training.WATCH_EVERY + 1):
-            run.watch(copy.copy(bad if run.batch >= 30 else good))
+            run.step(images, labels)
+            weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
     assert run.batch == training.WATCH_EVERY
+    assert not torch.equal(weights[28], weights[29]) and weights[29].isfinite().all()
+    assert all(torch.equal(after, weights[29]) for after in weights[30:])
+    with pytest.raises(training.DivergenceError, match="batch 31"):
+        run.save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_class_means_of_a_class_without_images_keep_the_drawn_prototype():

@@ -21,7 +21,7 @@ import pcl_training_adversarial_pgd
 import robustness
 import softmax_training
 import utils
-from benchmarks import soak
+from benchmarks import precision, search, soak, throughput
 from utils import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +37,9 @@ TRAINING = (softmax_training, pcl_training, pcl_training_adversarial_fgsm, pcl_t
 PGD = pcl_training_adversarial_pgd.Config
 
 
-def refusal(config_class, *argv):
+def refusal(config_class, *argv, choices=None):
     with pytest.raises(UsageError) as caught:
-        utils.parse_config(config_class, argv)
+        utils.parse_config(config_class, argv, choices)
     text = str(caught.value)
     assert caught.value.exit_status == 2 and "\n" not in text
     return text
@@ -137,6 +137,37 @@ def test_item_40_and_on_the_command_line(name, value):
     assert option in refusal(PGD, *argv)
 
 
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [
+        (precision, "--pcl-epochs=0"),
+        (precision, "--seeds"),
+        (precision, "--results=precision.md"),
+        (search, "--pcl-epochs=0"),
+        (search, "--images=0"),
+        (search, "--results=results/search"),
+        (throughput, "--images=0"),
+        (throughput, "--workers=-1"),
+        (throughput, "--batch-sizes=0"),
+        (throughput, "--results=throughput.md"),
+        (robustness, "--results=table.csv"),
+        (robustness, "--sanity-images=0"),
+        (robustness, "--epsilons=8"),
+        (robustness, "--step-counts=0"),
+        (robustness, "--cw-lr=0"),
+    ],
+)
+def test_item_40_in_the_benchmarks_and_the_evaluation(module, option):
+    choices = getattr(module, "CHOICES", None)
+    assert option.split("=")[0] in refusal(module.Config, option, choices=choices)
+
+
+def test_the_log_its_metrics_and_the_checkpoint_are_three_files():
+    for log_to in ("run.csv", "run.pth.tar"):
+        assert "--log-to" in refusal(softmax_training.Config, "--save-to=run.pth.tar", f"--log-to={log_to}")
+    assert "--log-to" in refusal(softmax_training.Config, "--save-to=run.csv", "--log-to=run.log")
+
+
 @pytest.mark.parametrize("decay", ["-1", "nan"])
 def test_item_40_decay_and_restarts(decay):
     assert "decay" in refusal(robustness.Config, f"--decay={decay}")
@@ -152,6 +183,9 @@ def test_the_defaults_of_every_script_are_valid_and_its_help_names_every_option(
     said = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(config))
+    plain = {"lr", "momentum", "weight_decay", "gamma", "seed"}  # that need no word
+    unexplained = {name for name, (_, _, note) in utils._notes(module.Config).items() if not note} - plain
+    assert unexplained <= {"epochs", "attacks", "layers"}, unexplained
 
 
 # ---------------------------------------------------------------- fuzz

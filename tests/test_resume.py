@@ -168,22 +168,25 @@ def test_item_22_a_second_signal_ends_at_once_and_writes_nothing(signum, whole, 
     assert "stopped at" not in log.read_text() and "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
-def test_a_run_under_way_is_not_joined_by_a_second_process(flag, tmp_path):
+@pytest.mark.parametrize("flags", [["--resume"], ["--overwrite"], ["--resume", "--log-to", "other.log"]])
+def test_a_run_under_way_is_not_joined_by_a_second_process(flags, tmp_path):
     path, logs = tmp_path / "run.pth.tar", [tmp_path / "first.txt", tmp_path / "second.txt"]
-    given = [*options("softmax_training", path), "--epochs", "100000", flag]
-    first = soak.start("softmax_training", given, tmp_path, logs[0])
+    given = [*options("softmax_training", path), "--epochs", "100000"]
+    first = soak.start("softmax_training", [*given, flags[0]], tmp_path, logs[0])
     wait_for(path.exists, first, logs[0])
-    second = soak.start("softmax_training", given, tmp_path, logs[1])
+    being_saved = path.with_name(f"{path.name}.1.tmp")  # as by the first: not the second's to clear away
+    being_saved.touch()
+    second = soak.start("softmax_training", [*given, *flags], tmp_path, logs[1])
     assert soak.finish(second) == 6
-    assert f"{path.with_name('run.log')}: another process is writing it" in logs[1].read_text()
+    assert f"{path}: another process is writing it" in logs[1].read_text()
+    assert being_saved.exists()
     first.kill()
     soak.finish(first)
     lines = path.with_name("run.log").read_text().splitlines()
     assert len(lines) == len(
         {line.split("images/s")[0] for line in lines}
     )  # no epoch twice, nothing begun anew
-    train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=[flag])
+    train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=flags[:1])
 
 
 def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_path):

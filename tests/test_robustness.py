@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import data
 import evaluation
+import reports
 import robustness
 import suite
 import training
@@ -334,6 +336,7 @@ def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
 def test_senseless_options_are_refused_before_any_work(changes, words, tmp_path):
     config = dataclasses.replace(config_of("nowhere", tmp_path / "new" / "r.json"), **changes)
     with pytest.raises(utils.UsageError, match=words):
+        utils.validate(config)
         robustness.main(config)
     assert not (tmp_path / "new").exists()
 
@@ -383,3 +386,38 @@ def test_the_flat_part_of_dlr_is_told_where_its_zeros_are(root, tmp_path, capsys
     lines, _ = run(capsys, config_of(root, tmp_path / "r.json", ("pcl",), attacks=("pgd", "apgd-dlr")))
     (line,) = [line for line in lines if "gradient exactly zero" in line]
     assert "APGD-DLR" in line and line.endswith("DLR is flat where the true class comes third")
+
+
+def test_with_nothing_named_the_scripts_own_are_measured_or_else_all_that_lie_in_their_folders(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    there = ["Models_Softmax/other.pth.tar", "Models_PCL/a.pth.tar", "Models_PCL/b.pth.tar"]
+    for path in (*there, "Models_PCL/a.pth.tar.previous", "Models_PCL/a.log"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    assert robustness.checkpoints_of(robustness.Config()) == there
+    own = robustness.DEFAULT_CHECKPOINTS[1]
+    Path(own).touch()
+    assert robustness.checkpoints_of(robustness.Config()) == [own]
+    assert robustness.checkpoints_of(robustness.Config(checkpoints=("c.pth.tar",))) == ["c.pth.tar"]
+
+
+def test_what_was_published_stands_under_a_table_of_cifar_10_at_8_255_alone():
+    split = data.Split(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    for classes, epsilon, there in (
+        (data.CIFAR10_CLASSES, 8 / 255, True),
+        (data.CIFAR10_CLASSES, 4 / 255, False),
+        (("cat", "dog"), 8 / 255, False),
+    ):
+        dataset = data.Dataset("folder", classes, split, split)
+        lines = list(reports.footnotes(robustness.Config(epsilon=epsilon), dataset, [], [], None))
+        assert any("31.10" in line and "0.28" in line for line in lines) == there
+
+
+def test_results_that_another_process_is_making_are_left_to_it(root, tmp_path):
+    config = config_of(root, tmp_path / "r.json", attacks=("fgsm",))
+    with utils.hold(config.results), pytest.raises(utils.FileSystemError, match="another process"):
+        robustness.main(config)
+    robustness.main(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.images.csv", "r.json"]
