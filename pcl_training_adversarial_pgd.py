@@ -59,7 +59,7 @@ class Config:
     epsilon_min: float = 0.02  # each batch draws its epsilon from [epsilon_min, epsilon_max]; paper: 0.01
     epsilon_max: float = 0.05  # paper: 0.05
     step_size: float = 2 / 255  # of PGD, which starts at a random point of the ball
-    num_steps: int = 10
+    num_steps: int = 10  # paper: 10
     # run
     eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
     save_every_minutes: float | None = 10.0  # also within an epoch; none: after each alone
