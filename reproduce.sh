@@ -32,7 +32,7 @@ unfinished() { # CHECKPOINT ...
 carry() { # whatever ended the slice
     for file in "${checkpoints[@]/%.pth.tar/.*}" results/robustness*; do
         for found in $file; do
-            case $found in *.tmp | *.previous) continue ;; esac
+            case $found in *.tmp | *.previous | *.lock) continue ;; esac
             [ -f "$found" ] || continue
             mkdir -p "$folder/$(dirname "$found")"
             cp -p "$found" "$folder/$found.part" && mv "$folder/$found.part" "$folder/$found"
