@@ -54,7 +54,7 @@ class Config:
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
     limit: int | None = 1000  # the first so many test images, class-balanced; none: all
-    checkpoints: tuple[str, ...] = ()  # the columns; none: the scripts' own, or else all in their folders
+    checkpoints: tuple[str, ...] = ()  # the columns; none: the scripts' own, or all in their folders
     picture: str = "features.png"  # .png, .pdf or .svg; the numbers lie beside it as .json
     # features
     layer: str = "fc"  # layer2, layer3 or fc, the penultimate one

@@ -43,9 +43,7 @@ class Config:
     data_dir: str = "data"  # where the images are, or are downloaded to
     limit: int | None = None  # so many test images, the first of each class; none: all
     holdout: int = 0  # measure on the training images that the training with this --holdout left out
-    checkpoints: tuple[
-        str, ...
-    ] = ()  # the files to measure; none: the scripts' own, or else all in their folders
+    checkpoints: tuple[str, ...] = ()  # files to measure; none: the scripts' own, or all in their folders
     source_checkpoint: str | None = None  # the network on which `transfer` makes its images
     results: str = "results/robustness.json"  # the numbers with all settings and versions; CSV files beside
     resume: bool = False  # go on with a stopped evaluation of the same checkpoints, data and settings

@@ -332,9 +332,8 @@ class Run:
         self.epoch, self.batch, self.history = 0, 0, []
         self.sums, self.images = {}, 0  # of this epoch: loss terms added up over the images seen
         self.recent = collections.deque(maxlen=WATCH_EVERY + LAST_GOOD)  # (where, loss terms) of each batch
-        self.lost = torch.zeros(
-            (), dtype=torch.bool, device=self.device
-        )  # whether a loss was NaN, or ran away
+        # Whether a loss was NaN, or ran away: known to the device at once, to the host when it looks.
+        self.lost = torch.zeros((), dtype=torch.bool, device=self.device)
         self.warned = False
         self.run_began = self.saved = time.monotonic()
         self.epoch_began = (self.run_began, 0)  # this epoch, or what was left of it: when, and at which batch

@@ -183,8 +183,10 @@ def test_the_defaults_of_every_script_are_valid_and_its_help_names_every_option(
     said = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(config))
+    notes = utils._notes(module.Config)
+    assert list(notes) == [field.name for field in dataclasses.fields(config)]
     plain = {"lr", "momentum", "weight_decay", "gamma", "seed"}  # that need no word
-    unexplained = {name for name, (_, _, note) in utils._notes(module.Config).items() if not note} - plain
+    unexplained = {name for name, (_, _, note) in notes.items() if not note} - plain
     assert unexplained <= {"epochs", "attacks", "layers"}, unexplained
 
 
