@@ -99,19 +99,6 @@ def misclassified(outputs: Any, labels: Tensor) -> Tensor:
 # ---- attacks
 
 
-_TRUSTING = contextvars.ContextVar("trusting", default=False)
-
-
-@contextlib.contextmanager
-def trusting() -> Iterator[None]:
-    """Within it images are taken to lie in [0, 1] unseen: to look would wait for a GPU in every call."""
-    token = _TRUSTING.set(True)
-    try:
-        yield
-    finally:
-        _TRUSTING.reset(token)
-
-
 def fgsm(
     model_fn: ModelFn,
     images: Tensor,
@@ -515,6 +502,19 @@ _OPTIONS = {
     "rho": (lambda value: 0 <= value <= 1, "lies in [0, 1]"),
     "p_init": (lambda value: 0 < value <= 1, "lies in (0, 1]"),
 }
+
+
+_TRUSTING = contextvars.ContextVar("trusting", default=False)
+
+
+@contextlib.contextmanager
+def trusting() -> Iterator[None]:
+    """Within it images are taken to lie in [0, 1] unseen: to look would wait for a GPU in every call."""
+    token = _TRUSTING.set(True)
+    try:
+        yield
+    finally:
+        _TRUSTING.reset(token)
 
 
 def _check(images: Tensor, labels: Tensor, **options: Any) -> None:

@@ -46,10 +46,13 @@ class Config:
     milestones: tuple[int, ...] = ()  # the released schedule never reaches SGD, so rates stay; paper: 200 250
     gamma: float = 0.1
     # prototype conformity loss
-    layers: tuple[str, ...] = ("layer3", "fc")  # features under the PCL; with aux_dim also layer2
+    layers: tuple[str, ...] = (
+        "layer3",
+        "fc",
+    )  # features under the PCL; paper: layer2 layer3 fc, with aux_dim 512
     weight_prox: float = 1.0  # of the pull to the own class's prototype; 0 switches it off
     weight_conprox: float = 1e-5  # of the push from the others' prototypes; 0 switches it off
-    lr_prox: float = 0.5  # of the pull's prototypes; not scaled by the weight above
+    lr_prox: float = 0.5  # of the pull's prototypes; not scaled by weight_prox
     lr_conprox: float = 1e-4  # of the push's prototypes, likewise; shared ones follow lr_prox
     distance: str = "squared"  # to a prototype: squared, as released, or plain, as Eq. 5 prints it
     shared_prototypes: bool = False  # one set a layer for pull and push, as in Eq. 5
@@ -62,7 +65,7 @@ class Config:
     num_steps: int = 10  # paper: 10
     # run
     eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
-    save_every_minutes: float | None = 10.0  # also within an epoch; none: after each alone
+    save_every_minutes: float | None = 10.0  # saves within an epoch too; none: only after each
     max_minutes: float | None = None  # stop after so long, saved, to be resumed
     precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
     compile: str = "auto"  # auto (on a GPU), on or off

@@ -2,7 +2,7 @@
 
     python plot_features.py
 
-One column a checkpoint, by default every default one that exists. The axes of a column are the first two
+One column a checkpoint, by default those that robustness.py measures. The axes of a column are the first two
 principal ones of its clean features; a feature of two units is drawn as it is. Stars are the prototypes that
 features were pulled to, where the checkpoint holds them. The numbers behind the picture, of the features as
 they are and not of their projection, are printed and written as JSON beside it. The picture needs matplotlib
@@ -53,7 +53,7 @@ class Config:
     # data and files
     dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = 1000  # the first so many test images, class-balanced; none: all
+    limit: int | None = 1000  # so many test images, the first of each class; none: all
     checkpoints: tuple[str, ...] = ()  # the columns; none: the scripts' own, or all in their folders
     picture: str = "features.png"  # .png, .pdf or .svg; the numbers lie beside it as .json
     # features

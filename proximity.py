@@ -28,8 +28,8 @@ class Proximity(nn.Module):
         _check(features, labels, self.centers)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            # An embedding, not centers[labels], whose gradient adds in whatever order threads come; compiled,
-            # this one does so too.
+            # An embedding, not centers[labels]: the gradient of an index adds in whatever order threads come.
+            # (So does that of a compiled embedding.)
             own = F.embedding(labels.long(), self.centers).to(features.dtype)
             if self.squared:
                 return F.mse_loss(features, own, reduction="sum") / len(labels)

@@ -101,8 +101,8 @@ def to_markdown(targets, trials, progress):
 
 PUBLISHED = (
     "Published by the authors for depth 110, without attack and under FGSM, BIM, MIM and PGD: Softmax 92.15, "
-    "21.48, 0.01, 0.02, 0.00; PCL 89.55, 55.76, 39.75, 36.44, 31.10. Of their robust checkpoint AutoAttack "
-    "leaves 0.28."
+    "21.48, 0.01, 0.02, 0.00; PCL 89.55, 55.76, 39.75, 36.44, 31.10. Their robust checkpoint, under "
+    "AutoAttack: 0.28."
 )
 
 

@@ -60,13 +60,13 @@ class Config:
     num_queries: int = 5000  # of Square, for each image
     cw_steps: int = 1000  # of C&W; paper: 1000
     cw_lr: float = 0.01  # of C&W's Adam; paper: 0.01
-    predict: str = "softmax"  # the largest logit, or prototype: the nearest one (Eq. 6)
+    predict: str = "softmax"  # softmax: the largest logit; or prototype: the nearest one (Eq. 6)
     # more than the table
     sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
     sanity_images: int = 200  # for the checks of --sanity, class-balanced
     epsilons: tuple[float, ...] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255 16/255
     step_counts: tuple[int, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
-    curve_attacks: tuple[str, ...] = ("pgd", "pgd-margin")  # of these two curves
+    curve_attacks: tuple[str, ...] = ("pgd", "pgd-margin")  # the attacks that these curves are drawn for
     save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
     model_card: bool = False  # a file for each checkpoint with RobustBench's keys, beside the results
     # run
@@ -94,6 +94,11 @@ def checkpoints_of(config) -> list[str]:
 def main(config: Config) -> None:
     paths = checkpoints_of(config)
     suite.check(config)
+    with utils.hold(config.results):
+        measure(config, paths)
+
+
+def measure(config: Config, paths: list[str]) -> None:
     for output in reports.outputs(config):
         utils.prepare_output(output)
     if config.save_images is not None:
@@ -122,11 +127,10 @@ def main(config: Config) -> None:
     identity = evaluation.fingerprint(config, dataset, targets, source)
     progress = evaluation.Progress(config.results, identity)
     everything = [*trials, *(point.trial for point in points), *checks.values()]
-    with utils.hold(config.results):
-        progress.open(config.resume, config.overwrite)
-        evaluation.measure_all(config, targets, dataset.test, everything, progress)
-        report(config, dataset, targets, trials, points, checks, progress)
-        progress.remove()
+    progress.open(config.resume, config.overwrite)
+    evaluation.measure_all(config, targets, dataset.test, everything, progress)
+    report(config, dataset, targets, trials, points, checks, progress)
+    progress.remove()
 
 
 def report(config, dataset, targets, trials, points, checks, progress):

@@ -40,7 +40,7 @@ class Config:
     gamma: float = 0.1
     # run
     eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
-    save_every_minutes: float | None = 10.0  # also within an epoch; none: after each alone
+    save_every_minutes: float | None = 10.0  # saves within an epoch too; none: only after each
     max_minutes: float | None = None  # stop after so long, saved, to be resumed
     precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
     compile: str = "auto"  # auto (on a GPU), on or off

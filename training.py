@@ -295,7 +295,7 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
     Interrupted after a saved stop (by a signal, or by --max-minutes), DivergenceError, and the faults of
     `utils`.
     """
-    with utils.hold(config.save_to):
+    with utils.hold(config.save_to), utils.hold(log_path_of(config)):
         run = Run(config, dataset, model, criterion, optimizer, scheduler, adversary)
         if not run.open():
             return
@@ -339,8 +339,7 @@ class Run:
         self.epoch_began = (self.run_began, 0)  # this epoch, or what was left of it: when, and at which batch
         self.has_checkpoint = False  # whether the checkpoint at save_to is of this run
         self.log = []  # the lines of the log, which a checkpoint holds and a resumed run restores
-        beside = config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log"
-        self.log_path = Path(config.log_to or beside)
+        self.log_path = log_path_of(config)
 
     # ------------------------------------------------ opening and resuming
 
@@ -502,13 +501,13 @@ class Run:
     def watch(self, terms):
         """See to it that no step follows a lost loss; warn of a term that runs away.
 
-        Reading a loss waits for a GPU, so there the run ends at the next of every WATCH_EVERY batches, or
+        Reading a loss waits for a GPU, so there the run ends at the next look, one in WATCH_EVERY batches, or
         before a save; until then an optimiser with `fused` leaves the weights as they were.
         """
         self.recent.append((f"epoch {self.epoch + 1}, batch {self.batch + 1}", terms))
         largest = torch.stack([value.abs() for value in terms.values()]).max()
         self.lost = self.lost | ~(largest <= RUNAWAY_STOP)  # so written, NaN is larger than anything
-        if self.optimizer.defaults.get("fused"):
+        if all(group.get("fused") for group in self.optimizer.param_groups):
             self.optimizer.found_inf = self.lost.float()  # where it is 1, a fused step does nothing
         if self.device.type == "cpu" or self.batch % WATCH_EVERY == 0:
             if self.lost:
@@ -518,7 +517,7 @@ class Run:
                 self.say(f"warning: a loss term is running away: {terms_text(*self.recent[-1])}")
 
     def check_numbers(self):
-        """Raise DivergenceError when a loss of this epoch or a weight is lost: nothing lost is ever saved."""
+        """Raise DivergenceError when a loss or a weight is lost: nothing lost is ever saved."""
         parts = (self.sums, self.model.state_dict(), self.criterion.state_dict())
         values = [value.flatten() for part in parts for value in part.values() if value.is_floating_point()]
         if self.lost or not torch.cat(values).isfinite().all():
@@ -619,6 +618,11 @@ class Run:
 
 
 # ---------------------------------------------------------------- rows and names
+
+
+def log_path_of(config):
+    """Where a run's log lies: its metrics lie beside it."""
+    return Path(config.log_to or config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log")
 
 
 def script_name(config):

@@ -322,9 +322,10 @@ def parse_config(config_class, argv=None, choices=None):
         heading, written, note = notes.get(field.name, (None, "", ""))
         group = parser.add_argument_group(heading) if heading else group
         if any(name not in note for name in named.get(field.name, ())):
-            note += f"; of {', '.join(named[field.name])}"
+            note = "; ".join(filter(None, (note, f"of {', '.join(named[field.name])}")))
         default = written.replace(" ", "") if isinstance(field.default, float) else _show(field.default)
-        _add_option(group, field, hints[field.name], f"{note} [{default or 'none'}]")
+        default = "none" if field.default in (None, ()) else default
+        _add_option(group, field, hints[field.name], f"{note} [{default}]")
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
@@ -413,6 +414,8 @@ def _validate_together(config):
     if getattr(config, "epsilon_min", 0) > getattr(config, "epsilon_max", 1):
         raise UsageError(f"--epsilon-min {config.epsilon_min} is above --epsilon-max {config.epsilon_max}")
     log_to = getattr(config, "log_to", None)
+    if log_to and not Path(log_to).name:
+        raise UsageError(f"--log-to {log_to}: names no file")
     if log_to and len({Path(log_to), Path(log_to).with_suffix(".csv"), Path(config.save_to)}) < 3:
         raise UsageError(f"--log-to {log_to}: the checkpoint and the metrics (.csv) have names of their own")
 
@@ -734,7 +737,7 @@ def check_file(path):
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
     if not path.exists():
-        there = sorted(str(file) for file in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
+        there = sorted(str(f) for f in path.parent.glob("*.pth*") if f.suffix not in (".lock", ".tmp"))
         raise CheckpointError(
             f"{path}: no such file; {_maker(path)}in its folder: {', '.join(there) or 'none'}"
         )

@@ -126,7 +126,8 @@ def compare(path, expected):
         mine, other = (_rows(Path(str(p).removesuffix(".pth.tar") + suffix)) for p in (path, expected))
         found += [] if mine == other else [f"rows of {suffix}"]
     folder = Path(path).parent
-    return found + [f"stray {file.name}" for file in folder.iterdir() if file.suffix in (".tmp", ".previous")]
+    strays = (".tmp", ".previous", ".lock")
+    return found + [f"stray {file.name}" for file in folder.iterdir() if file.suffix in strays]
 
 
 def _rows(path):

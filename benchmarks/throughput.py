@@ -77,7 +77,7 @@ class Config:
     results: str = "results/throughput.json"  # and .md beside it
     # run
     precision: str = "auto"  # of our training
-    compile: str = "auto"  # our training
+    compile: str = "auto"  # of our training
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: int = 0
 

@@ -254,6 +254,16 @@ def test_a_control_is_not_called_pcl(weights, label, tmp_path):
     assert target.label == label
 
 
+def test_eq_5_as_printed_is_told_from_the_released_form(tmp_path):
+    path = tmp_path / "run.pth.tar"
+    save(path)
+    state = utils.load_checkpoint(path)
+    for shared, label in ((False, "PCL"), (True, "PCL by Eq. 5")):
+        config = {**state["config"], "shared_prototypes": shared, "separation": True}
+        utils.save_checkpoint({**state, "config": config}, path, keep_previous=False)
+        assert evaluation.load_target(path, torch.device("cpu"), CLASSES).label == label
+
+
 def test_settings_of_another_kind_are_none_of_ours(tmp_path):
     save(tmp_path / "run.pth.tar")
     state = utils.load_checkpoint(tmp_path / "run.pth.tar")

@@ -166,6 +166,7 @@ def test_the_log_its_metrics_and_the_checkpoint_are_three_files():
     for log_to in ("run.csv", "run.pth.tar"):
         assert "--log-to" in refusal(softmax_training.Config, "--save-to=run.pth.tar", f"--log-to={log_to}")
     assert "--log-to" in refusal(softmax_training.Config, "--save-to=run.csv", "--log-to=run.log")
+    assert "names no file" in refusal(softmax_training.Config, "--log-to=.")
 
 
 @pytest.mark.parametrize("decay", ["-1", "nan"])

@@ -189,6 +189,19 @@ def test_a_run_under_way_is_not_joined_by_a_second_process(flags, tmp_path):
     train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=flags[:1])
 
 
+def test_two_runs_do_not_share_a_log(tmp_path):
+    log = tmp_path / "shared.log"
+    given = [["--log-to", str(log), *options("softmax_training", tmp_path / f"{n}.pth.tar")] for n in (1, 2)]
+    first = soak.start("softmax_training", [*given[0], "--epochs", "100000"], tmp_path, tmp_path / "1.txt")
+    wait_for((tmp_path / "1.pth.tar").exists, first, tmp_path / "1.txt")
+    second = soak.start("softmax_training", [*given[1], "--epochs", "2"], tmp_path, tmp_path / "2.txt")
+    assert soak.finish(second) == 6
+    assert f"{log}: another process is writing it" in (tmp_path / "2.txt").read_text()
+    first.kill()
+    soak.finish(first)
+    assert not (tmp_path / "2.pth.tar").exists()
+
+
 def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_path):
     """Saves follow one another without a pause, so kill -9 finds one under way."""
     path, log = tmp_path / "run.pth.tar", tmp_path / "output.txt"

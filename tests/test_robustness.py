@@ -417,7 +417,10 @@ def test_what_was_published_stands_under_a_table_of_cifar_10_at_8_255_alone():
 
 def test_results_that_another_process_is_making_are_left_to_it(root, tmp_path):
     config = config_of(root, tmp_path / "r.json", attacks=("fgsm",))
+    being_written = tmp_path / "r.json.partial.1.tmp"
+    being_written.touch()
     with utils.hold(config.results), pytest.raises(utils.FileSystemError, match="another process"):
         robustness.main(config)
+    assert being_written.exists()
     robustness.main(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.images.csv", "r.json"]

@@ -195,6 +195,7 @@ def test_two_classes_need_no_dlr():
 
 
 def test_no_epsilon_leaves_what_needs_no_attack(plain):
+    assert set(sanity.trials(settings(epsilon=0.0), 10)) == {"clean"}
     assert set(findings(plain, epsilon=0.0)) == {"deterministic", "logits"}
 
 
