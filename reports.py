@@ -1,5 +1,7 @@
 """What an evaluation found, as a reader wants it: the table, its footnotes, JSON, CSV and pictures."""
 
+import collections
+import itertools
 import json
 import math
 from functools import reduce
@@ -69,12 +71,13 @@ def margin_quantiles(outcome):
 
 
 def row_labels(targets):
-    """What each target's row is called: with the start of its hash where two would be called the same."""
-    names = [target.label for target in targets]
-    return [
-        name if names.count(name) == 1 else f"{name} ({target.sha256[:8]})"
-        for name, target in zip(names, targets, strict=True)
-    ]
+    """What each target's row is called: with its file's name, or else its hash, where two would be alike."""
+    called = []
+    for target in targets:
+        file = Path(target.path).name.removesuffix(".tar").removesuffix(".pth")
+        called.append([target.label, f"{target.label} ({file})", f"{target.label} ({target.sha256[:8]})"])
+    times = collections.Counter(itertools.chain(*called))
+    return [next((name for name in names if times[name] == 1), names[-1]) for names in called]
 
 
 def to_markdown(targets, trials, progress):

@@ -197,12 +197,24 @@ def test_no_attack_at_all(root, tmp_path, capsys):
 
 
 def test_rows_of_one_name_are_told_apart(root, tmp_path, capsys):
-    save(tmp_path / "again.pth.tar", "pcl_training", 5, data.load("folder", root, splits=("test",)).test)
-    config = config_of(root, tmp_path / "r.json", attacks=("fgsm",))
-    config = dataclasses.replace(config, checkpoints=(*config.checkpoints, str(tmp_path / "again.pth.tar")))
-    lines, report = run(capsys, config)
-    labels = [cells(line)[0] for line in lines if line.startswith("|")][2:]
-    assert labels == ["Softmax", *(f"PCL ({c['sha256'][:8]})" for c in report["checkpoints"][1:])]
+    """By their files' names, and by their hashes where these are the same too."""
+    split = data.load("folder", root, splits=("test",)).test
+    for name, labels in (
+        ("lr0.1", ["PCL (pcl)", "PCL (lr0.1)"]),
+        ("pcl", ["PCL ({})", "PCL ({})"]),
+    ):
+        save(tmp_path / f"{name}.pth.tar", "pcl_training", 5, split)
+        config = config_of(root, tmp_path / f"{name}.json", attacks=("fgsm",))
+        config = dataclasses.replace(
+            config, checkpoints=(*config.checkpoints, str(tmp_path / f"{name}.pth.tar"))
+        )
+        lines, report = run(capsys, config)
+        hashes = [entry["sha256"][:8] for entry in report["checkpoints"]]
+        said = [cells(line)[0] for line in lines if line.startswith("|")][2:]
+        assert said == [
+            "Softmax",
+            *(label.format(sha) for label, sha in zip(labels, hashes[1:], strict=True)),
+        ]
 
 
 # ---------------------------------------------------------------- more than the table

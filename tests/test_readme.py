@@ -1,0 +1,84 @@
+"""The READMEs: commands that the scripts take, links that lead somewhere, tables of what was measured."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import suite
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "results/README.md")
+RESULTS = sorted(path.name for path in (ROOT / "results").glob("depth20*.json"))
+EVALUATIONS = [name for name in RESULTS if "sanity" not in name]
+
+
+def commands(page):
+    """The command lines of a page that call Python, with its variables put in."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    variables = {}
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$(\w+)", lambda match: variables[match[1]], line)
+        if found := re.match(r'(\w+)="(.*?)"', line):
+            variables[found[1]] = found[2]
+        elif line.startswith("python "):
+            yield shlex.split(line, comments=True)[1:]
+    for code in re.findall(r"(?<!`)`(python [^`]*)`", text):
+        yield shlex.split(re.sub(r"\$(\w+)", lambda match: variables[match[1]], code))[1:]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_one_that_the_scripts_take(page):
+    found = list(commands(page))
+    assert len(found) >= 10
+    for words in found:
+        name, options = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+        if name == "utils.py":
+            continue
+        module = importlib.import_module(name.removesuffix(".py"))
+        choices = getattr(module, "CHOICES", {"attacks": suite.ATTACKS})
+        config = utils.parse_config(module.Config, options, choices)
+        if name == "robustness.py" and "autoattack" not in config.attacks:
+            suite.check(config)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_every_file_named_is_there(page):
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    files = re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|sh|json|txt|cff))`", text)
+    assert targets or page != "README.md"
+    for target in targets:
+        assert target.startswith("https://") or (folder / target).exists(), target
+    for file in files:
+        assert (ROOT / file).exists() or (folder / file).exists(), file
+    headings = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+    for anchor in re.findall(r"\]\(#([^)]*)\)", text):
+        assert anchor in headings, anchor
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_tables_hold_what_was_measured(name):
+    """Every network of an evaluation has a row of its accuracies in results/README.md, Worst included."""
+    text = (ROOT / "results/README.md").read_text()
+    report = json.loads((ROOT / "results" / name).read_text())
+    digits = 2 if report["checkpoints"][0]["attacks"]["clean"]["images"] == 10_000 else 1
+    rows = [re.sub(r"[*\s]", "", line).split("|")[2:] for line in text.splitlines() if line.startswith("|")]
+    for entry in report["checkpoints"]:
+        cells = [f"{attack['accuracy']:.{digits}f}" for attack in entry["attacks"].values()]
+        worst = f"{entry['worst']['accuracy']:.{digits}f}"
+        hidden = ("bim", "mim") if name == "depth20_strong.json" else ()
+        cells = [c for c, key in zip(cells, entry["attacks"], strict=True) if key not in hidden]
+        assert any(row[: len(cells)] == cells and row[len(cells)].startswith(worst) for row in rows), entry[
+            "path"
+        ]
+    assert name in text
