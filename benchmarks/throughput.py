@@ -537,7 +537,7 @@ def footnotes(config: Config, depth: int, device: torch.device, measured: list[d
     precision = str(training.select_precision(config.precision, device)).removeprefix("torch.")
     lines = [
         f"Depth {depth}, batch {config.batch_size}; our training in {precision}, all else in float32"
-        f"{' (plain training: TF32 in convolutions, the default)' if device.type == 'cuda' else ''}; "
+        f"{' (plain, but in evaluation: TF32 convolutions, the default)' if device.type == 'cuda' else ''}; "
         f"medians of {config.repetitions}; memory beyond what the process held before.",
         f"{facts.get('gpu', facts['cpu'])}, {facts['cores']} cores, {facts['threads']} threads, "
         f"{facts['instructions']}; torch {versions['torch']}, Python {versions['python']}.",
