@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import utils
+
 
 class ContrastiveProximity(nn.Module):
     """Mean over the batch and the other classes j of ||f_i - v_j||^2 (Eq. 5 of Mustafa et al., ICCV 2019).
@@ -27,43 +29,24 @@ class ContrastiveProximity(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss, a float32 scalar, of `features`, N x feat_dim, and `labels`, N, in [0, num_classes).
 
-        Raises ValueError for other shapes and, on the CPU, for other labels (elsewhere a look would cost a
-        synchronisation). Features of float64 keep their precision; autocast has no say.
+        Computed in float32, also under autocast; in float64 for features of float64. Raises ValueError for
+        other shapes and, on a CPU, for other labels.
         """
-        _check(features, labels, self.centers)
+        utils.check_features(features, labels, self.centers)
         num_classes = len(self.centers)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            distances = self._distances(features)
+            distances = self.distances(features)
             if self.separation:
-                distances = distances + F.embedding(labels.long(), self._distances(self.centers))
+                distances = distances + F.embedding(labels.long(), self.distances(self.centers))
             own = labels[:, None] == torch.arange(num_classes, device=labels.device)
             return distances.masked_fill(own, 0).sum() / (len(labels) * (num_classes - 1))
 
-    def _distances(self, points: Tensor) -> Tensor:
-        """Distance of each point, M x feat_dim, to each prototype: M x num_classes."""
-        # By default cdist expands the square, |f|^2 + |v|^2 - 2fv, which cancels to noise for features far
-        # from the origin. In this mode it subtracts, and keeps no difference for the backward; its gradient
-        # at distance 0 is 0.
-        centers = self.centers.to(points.dtype)
-        distances = torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist")
-        return distances.square() if self.squared else distances
+    def distances(self, features: Tensor) -> Tensor:
+        """The distance, squared or plain, of each feature to each prototype: N x num_classes."""
+        return utils.distances(features, self.centers, self.squared)
 
     def extra_repr(self) -> str:
         num_classes, feat_dim = self.centers.shape
         options = f"squared={self.squared}, separation={self.separation}"
         return f"num_classes={num_classes}, feat_dim={feat_dim}, {options}"
-
-
-def _check(features: Tensor, labels: Tensor, centers: Tensor) -> None:
-    num_classes, feat_dim = centers.shape
-    if features.ndim != 2 or features.shape[1] != feat_dim or not len(features):
-        raise ValueError(f"features are {tuple(features.shape)}: must be (N, {feat_dim}), N from 1 up")
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}: must be ({len(features)},), whole"
-        )
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = labels.min(), labels.max()
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"labels lie in [{low}, {high}]: must lie in [0, {num_classes - 1}]")

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import attacks
+import checkpoints
+import cli
 import data
+import prototype_conformity
 import training
 import utils
+from prototype_conformity import PrototypeConformityLoss
 from resnet_model import folded, resnet
 
 FORMAT = 4  # of the file that a stopped evaluation leaves
@@ -37,51 +41,6 @@ FREE_ON_RESUME = {
 # ---------------------------------------------------------------- what is measured
 
 
-class Prototypes(nn.Module):
-    """The joint loss of a checkpoint, image by image, and the rule that predicts the nearest prototype."""
-
-    def __init__(self, criterion, config):
-        """`criterion`: the state of a PrototypeConformityLoss; `config`: the settings it was trained with."""
-        super().__init__()
-        self.pull, self.push = (
-            nn.ParameterDict(
-                {
-                    key.split(".")[1]: nn.Parameter(value.float(), requires_grad=False)
-                    for key, value in criterion.items()
-                    if key.startswith(f"{term}.") and key.endswith(".centers")
-                }
-            )
-            for term in ("proximity", "contrastive")
-        )
-        self.weight_prox, self.weight_conprox = config["weight_prox"], config["weight_conprox"]
-        self.squared = config.get("distance", "squared") == "squared"
-        self.layer = next((name for name in ("fc", "layer3", "layer2") if name in self.pull), None)
-
-    def distances(self, features, centers):
-        """Squared or plain distance, as trained, of each feature to each prototype, (N, K)."""
-        distances = torch.cdist(features.float(), centers, compute_mode="donot_use_mm_for_euclid_dist")
-        return distances.square() if self.squared else distances
-
-    def scores(self, outputs):
-        """Minus the distance to each class's prototype on the deepest supervised layer (Eq. 6), (N, K)."""
-        return -self.distances(getattr(outputs, self.layer), self.pull[self.layer])
-
-    def joint_loss(self, outputs, labels):
-        """Cross-entropy + weight_prox * pull - weight_conprox * push (Eq. 9) of each image, (N,).
-
-        The term between prototypes is left out: it does not depend on the image.
-        """
-        loss = attacks.cross_entropy(outputs, labels)
-        for layer, centers in self.pull.items():
-            distances = self.distances(getattr(outputs, layer), centers)
-            loss = loss + self.weight_prox * distances.gather(1, labels[:, None])[:, 0]
-        for layer, centers in self.push.items():
-            distances = self.distances(getattr(outputs, layer), centers)
-            others = distances.scatter(1, labels[:, None], 0.0).sum(1) / (len(centers) - 1)
-            loss = loss - self.weight_conprox * others
-        return loss
-
-
 class NearestPrototype(nn.Module):
     """A network whose scores are minus the distances to the prototypes: the prediction of Eq. 6."""
 
@@ -91,7 +50,7 @@ class NearestPrototype(nn.Module):
 
     def forward(self, images):
         outputs = self.network(images)
-        return outputs._replace(logits=self.prototypes.scores(outputs))
+        return outputs._replace(logits=self.prototypes.nearest(outputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +67,7 @@ class Target:
     view: nn.Module
     path: str = ""
     depth: int | None = None
-    prototypes: Prototypes | None = None
+    prototypes: PrototypeConformityLoss | None = None
     origin: dict = dataclasses.field(default_factory=dict)  # the script, settings and data behind it
 
     def logits(self, images):
@@ -122,14 +81,14 @@ def load_target(path, device, classes, predict="softmax"):
     `predict`: by the largest logit, `softmax`, or by the nearest `prototype`.
     """
     state, model, prototypes = _load(path, device)
-    training.check_classes(state, path, classes)
+    checkpoints.check_classes(state, path, classes)
     if model.num_classes != len(classes):
         raise utils.CheckpointError(
             f"{path}: a network of {model.num_classes} classes, but the data set has {len(classes)}"
         )
     judge, view = model, folded(model).network.to(memory_format=torch.channels_last)
     if predict == "prototype":
-        if prototypes is None or prototypes.layer is None:
+        if prototypes is None or not prototypes.proximity:
             raise utils.CheckpointError(
                 f"{path}: holds no prototypes to predict with; --predict softmax, or a checkpoint of stage 2"
             )
@@ -148,13 +107,13 @@ def load_target(path, device, classes, predict="softmax"):
 
 def _load(path, device):
     """(checkpoint, its network in eval mode, its prototypes or None)."""
-    state, weights, network = training.read_network(path)
+    state, weights, network = checkpoints.read_network(path)
     model = resnet(**network)
     model.load_state_dict(weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     criterion, config = state.get("criterion") or {}, state.get("config") or {}
-    has = any(key.endswith(".centers") for key in criterion) and "weight_prox" in config
-    return state, model, Prototypes(criterion, config).to(device).eval() if has else None
+    prototypes = prototype_conformity.from_checkpoint(criterion, config)
+    return state, model, None if prototypes is None else prototypes.to(device)
 
 
 def classifier(path, device="cpu"):
@@ -185,7 +144,9 @@ class Trial:
     curve: bool = False  # a point of a curve, whose images nobody asks for
 
     def applies_to(self, target):
-        return not self.needs_prototypes or (target.prototypes is not None and bool(target.prototypes.layer))
+        return not self.needs_prototypes or (
+            target.prototypes is not None and bool(target.prototypes.proximity)
+        )
 
     def of(self, split):
         """The part of `split` that this trial is about."""
@@ -355,7 +316,7 @@ class Progress:
             raise utils.FileSystemError(
                 f"{self.path}: a stopped evaluation; --resume goes on with it, --overwrite starts anew"
             )
-        state = utils.load_checkpoint(self.path)
+        state = checkpoints.load(self.path)
         before = state.get("fingerprint", {})
         if before != self.fingerprint:
             names = [n for n in self.fingerprint if before.get(n) != self.fingerprint[n]]
@@ -376,7 +337,7 @@ class Progress:
             sha256: {key: vars(outcome) for key, outcome in trials.items()}
             for sha256, trials in self.outcomes.items()
         }
-        utils.save_checkpoint({"fingerprint": self.fingerprint, "outcomes": outcomes}, self.path, False)
+        checkpoints.save({"fingerprint": self.fingerprint, "outcomes": outcomes}, self.path, False)
         self.saved = time.monotonic()
 
     def remove(self):
@@ -385,7 +346,7 @@ class Progress:
 
 def fingerprint(config, dataset, targets, source=None):
     """What must agree for the outcomes of a stopped evaluation to be taken over."""
-    settings = training.config_dict(config)
+    settings = cli.config_dict(config)
     if "autoattack" not in config.attacks:  # the one whose seed goes by block
         del settings["batch_size"]
     return {

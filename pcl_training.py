@@ -11,60 +11,46 @@ as in the released code; README.md lists where Eq. 5 and 9 of the paper differ.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+import cli
 import data
 import training
 import utils
+from cli import Count, Depth, Layers, Milestones, Momentum, NotNegative, Positive, Whole
+from prototype_conformity import PrototypeConformityLoss
 from resnet_model import resnet
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(training.RunConfig):
     # data and files
-    dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
-    data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = None  # so many images of each split, the first of each class; none: all
-    holdout: int = 0  # training images held out and measured in place of the test images, to choose settings
     init_from: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"  # stage 1's checkpoint
-    save_to: str = "Models_PCL/CIFAR10_PCL.pth.tar"  # the checkpoint
-    log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
-    resume: bool = False  # go on with the run at save_to, if there is one
-    overwrite: bool = False  # start anew over the run at save_to
+    save_to: str = "Models_PCL/CIFAR10_PCL.pth.tar"
     # model
-    depth: int = 110  # 6n + 2; 110 as released, 74 as in the paper; basic blocks, no bottlenecks, below 44
-    aux_dim: int = 0  # width of the paper's branch on the second third of the blocks (paper: 512); 0: none
-    fc_dim: int = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
+    depth: Depth = 110  # 6n + 2; 110 as released, 74 as in the paper; basic blocks, no bottlenecks, below 44
+    aux_dim: Whole = 0  # width of the paper's branch on the second third of the blocks (paper: 512); 0: none
+    fc_dim: Count = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
     # optimisation
-    epochs: int = 400  # paper: 300
-    batch_size: int = 128  # paper: 256
-    lr: float = 0.01  # paper: 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    milestones: tuple[int, ...] = ()  # the released schedule never reaches SGD, so rates stay; paper: 200 250
-    gamma: float = 0.1
+    epochs: Count = 400  # paper: 300
+    batch_size: Count = 128  # paper: 256
+    lr: Positive = 0.01  # paper: 0.1
+    momentum: Momentum = 0.9
+    weight_decay: NotNegative = 1e-4
+    milestones: Milestones = ()  # the released schedule never reaches SGD, so rates stay; paper: 200 250
+    gamma: Positive = 0.1
     # prototype conformity loss
-    layers: tuple[str, ...] = (
-        "layer3",
-        "fc",
-    )  # features under the PCL; paper: layer2 layer3 fc, with aux_dim 512
-    weight_prox: float = 1.0  # of the pull to the own class's prototype; 0 switches it off
-    weight_conprox: float = 1e-4  # of the push from the others' prototypes; 0 switches it off
-    lr_prox: float = 0.5  # of the pull's prototypes; not scaled by weight_prox
-    lr_conprox: float = 1e-4  # of the push's prototypes, likewise; shared ones follow lr_prox
-    distance: str = "squared"  # to a prototype: squared, as released, or plain, as Eq. 5 prints it
+    layers: Layers = ("layer3", "fc")  # features under the PCL; paper: layer2 layer3 fc, with aux_dim 512
+    weight_prox: NotNegative = 1.0  # of the pull to the own class's prototype; 0 switches it off
+    weight_conprox: NotNegative = 1e-4  # of the push from the others' prototypes; 0 switches it off
+    lr_prox: Positive = 0.5  # of the pull's prototypes; not scaled by weight_prox
+    lr_conprox: Positive = 1e-4  # of the push's prototypes, likewise; shared ones follow lr_prox
+    distance: Literal["squared", "plain"] = "squared"  # to a prototype; plain: as Eq. 5 prints it
     shared_prototypes: bool = False  # one set a layer for pull and push, as in Eq. 5
     separation: bool = False  # push the prototypes apart too, as in Eq. 5
-    prototype_init: str = "normal"  # normal: N(0, 1), as released; or class-means
-    # run
-    eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
-    save_every_minutes: float | None = 10.0  # saves within an epoch too; none: only after each
-    max_minutes: float | None = None  # stop after so long, saved, to be resumed
-    precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
-    compile: str = "auto"  # auto (on a GPU), on or off
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    seed: int = 0
+    prototype_init: Literal["normal", "class-means"] = "normal"  # normal: N(0, 1), as released
 
 
 def main(config: Config) -> None:
@@ -75,9 +61,9 @@ def main(config: Config) -> None:
     )
     model = resnet(len(dataset.classes), config.depth, config.aux_dim, config.fc_dim).to(device)
     training.start_from(model, config, dataset)
-    criterion = training.PrototypeConformityLoss(
+    criterion = PrototypeConformityLoss(
         len(dataset.classes),
-        {layer: model.feat_dims[layer] for layer in config.layers},
+        {layer: width for layer, width in model.feat_dims.items() if layer in config.layers},
         config.weight_prox,
         config.weight_conprox,
         squared=config.distance == "squared",
@@ -94,4 +80,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main, Config)
+    cli.run(main, Config)

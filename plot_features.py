@@ -13,16 +13,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import attacks
+import checkpoints
+import cli
 import data
 import evaluation
 import training
 import utils
+from cli import Count, Epsilon, NotNegative, Seed, StepSize
 from robustness import checkpoints_of
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -51,24 +54,24 @@ BLOCK = 1024  # rows of the distance matrix at a time
 @dataclass(frozen=True)
 class Config:
     # data and files
-    dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
+    dataset: Literal[data.DATASETS] = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = 1000  # so many test images, the first of each class; none: all
+    limit: Count | None = 1000  # so many test images, the first of each class; none: all
     checkpoints: tuple[str, ...] = ()  # the columns; none: the scripts' own, or all in their folders
     picture: str = "features.png"  # .png, .pdf or .svg; the numbers lie beside it as .json
     # features
-    layer: str = "fc"  # layer2, layer3 or fc, the penultimate one
+    layer: Literal[LAYERS] = "fc"  # layer2, layer3 or fc, the penultimate one
     # attack
-    attack: str = "pgd"  # noise, fgsm, bim, mim, pgd, apgd or apgd_dlr
-    epsilon: float = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
-    num_steps: int = 10  # of all but FGSM
-    step_size: float | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
+    attack: Literal[ATTACKS] = "pgd"  # noise, fgsm, bim, mim, pgd, apgd or apgd_dlr
+    epsilon: Epsilon = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
+    num_steps: Count = 10  # of all but FGSM
+    step_size: StepSize | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
     random_start: bool = False  # PGD from a random point of the ball; the released evaluation does not
-    decay: float = 1.0  # of MIM's momentum
+    decay: NotNegative = 1.0  # of MIM's momentum
     # run
-    batch_size: int = 500
+    batch_size: Count = 500
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    seed: int = 0
+    seed: Seed = 0
 
 
 # ---------------------------------------------------------------- features
@@ -135,7 +138,7 @@ def collect(config: Config, target: evaluation.Target, split: data.Split) -> dic
     rows = {name: Cloud(*map(torch.cat, zip(*parts, strict=True))) for name, parts in blocks.items()}
     for name, cloud in rows.items():
         if not cloud.features.isfinite().all():
-            raise training.DivergenceError(f"{target.path}: {name} {config.layer} features hold NaN or Inf")
+            raise utils.DivergenceError(f"{target.path}: {name} {config.layer} features hold NaN or Inf")
     return rows
 
 
@@ -144,7 +147,7 @@ def read_prototypes(path: str, layer: str, shape: tuple[int, int]) -> Tensor | N
 
     Without a pull they are those features were pushed from. Others than of `shape` are none.
     """
-    criterion = utils.load_checkpoint(path).get("criterion")
+    criterion = checkpoints.load(path).get("criterion")
     for term in ("proximity", "contrastive"):
         centers = criterion.get(f"{term}.{layer}.centers") if isinstance(criterion, dict) else None
         if isinstance(centers, Tensor) and centers.shape == shape and centers.isfinite().all():
@@ -285,7 +288,7 @@ def to_json(config: Config, dataset: data.Dataset, columns: list[Column]) -> str
         for column in columns
     ]
     report = {
-        "settings": training.config_dict(config),
+        "settings": cli.config_dict(config),
         "data": training.describe(dataset),
         "classes": list(dataset.classes),
         "checkpoints": checkpoints,
@@ -405,7 +408,7 @@ def main(config: Config) -> None:
         utils.prepare_output(path)
     device = utils.select_device(config.device)
     for path in paths:
-        utils.check_file(path)
+        checkpoints.check_file(path)
     dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device, splits=("test",))
     targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
     columns = [make_column(config, target, dataset) for target in targets]
@@ -419,4 +422,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main, Config, {"attack": ATTACKS, "layer": LAYERS})
+    cli.run(main, Config)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import utils
+
 
 class Proximity(nn.Module):
     """Mean over the batch of ||f_i - w_{y_i}||^2, the first term of Eq. 5 (Mustafa et al., ICCV 2019).
@@ -22,10 +24,10 @@ class Proximity(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss, a float32 scalar, of `features`, N x feat_dim, and `labels`, N, in [0, num_classes).
 
-        Raises ValueError for other shapes and, on the CPU, for other labels (elsewhere a look would cost a
-        synchronisation). Features of float64 keep their precision; autocast has no say.
+        Computed in float32, also under autocast; in float64 for features of float64. Raises ValueError for
+        other shapes and, on a CPU, for other labels.
         """
-        _check(features, labels, self.centers)
+        utils.check_features(features, labels, self.centers)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             # An embedding, not centers[labels]: the gradient of an index adds in whatever order threads come.
@@ -35,20 +37,10 @@ class Proximity(nn.Module):
                 return F.mse_loss(features, own, reduction="sum") / len(labels)
             return torch.linalg.vector_norm(features - own, dim=1).mean()  # its gradient at 0 is 0
 
+    def distances(self, features: Tensor) -> Tensor:
+        """The distance, squared or plain, of each feature to each prototype: N x num_classes."""
+        return utils.distances(features, self.centers, self.squared)
+
     def extra_repr(self) -> str:
         num_classes, feat_dim = self.centers.shape
         return f"num_classes={num_classes}, feat_dim={feat_dim}, squared={self.squared}"
-
-
-def _check(features: Tensor, labels: Tensor, centers: Tensor) -> None:
-    num_classes, feat_dim = centers.shape
-    if features.ndim != 2 or features.shape[1] != feat_dim or not len(features):
-        raise ValueError(f"features are {tuple(features.shape)}: must be (N, {feat_dim}), N from 1 up")
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}: must be ({len(features)},), whole"
-        )
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = labels.min(), labels.max()
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"labels lie in [{low}, {high}]: must lie in [0, {num_classes - 1}]")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import cli
 import data
 import training
 import utils
@@ -242,7 +243,7 @@ def beside(config, suffix):
 def to_json(config, dataset, targets, trials, progress, **more):
     """Everything a reader needs to repeat or check the table, as JSON text; `more` adds entries."""
     report = {
-        "settings": training.config_dict(config),
+        "settings": cli.config_dict(config),
         "data": training.describe(dataset),
         "classes": list(dataset.classes),
         "checkpoints": [_entry(dataset, t, trials, progress) for t in targets],

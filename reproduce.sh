@@ -23,9 +23,9 @@ grace=30  # seconds at most that a script may take to save, once told to stop
 
 unfinished() { # CHECKPOINT ...
     "$PYTHON" -c 'if True:
-        import pathlib, sys, utils
+        import checkpoints, pathlib, sys
         for path in sys.argv[1:]:
-            if not (pathlib.Path(path).exists() and utils.load_checkpoint(path).get("finished")):
+            if not (pathlib.Path(path).exists() and checkpoints.load(path).get("finished")):
                 print(path)' "$@"
 }
 

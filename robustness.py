@@ -18,15 +18,18 @@ square, leaves less than cross-entropy does, the lower number is the one to beli
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import checkpoints
+import cli
 import data
 import evaluation
 import pictures
 import reports
 import sanity
 import suite
-import training
 import utils
+from cli import Count, Epsilon, JsonFile, NotNegative, Positive, Seed, StepSize, Whole
 
 DEFAULT_CHECKPOINTS = (
     "Models_Softmax/CIFAR10_Softmax.pth.tar",
@@ -35,44 +38,51 @@ DEFAULT_CHECKPOINTS = (
     "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar",
 )
 
+Attacks = tuple[Literal[suite.ATTACKS], ...]
+CurveAttacks = tuple[Literal[tuple(suite.LOSSES)], ...]
+
 
 @dataclass(frozen=True)
 class Config:
     # data and files
-    dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
+    dataset: Literal[data.DATASETS] = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
     data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = None  # so many test images, the first of each class; none: all
-    holdout: int = 0  # measure on the training images that the training with this --holdout left out
+    limit: Count | None = None  # so many test images, the first of each class; none: all
+    holdout: Whole = 0  # measure on the training images that the training with this --holdout left out
     checkpoints: tuple[str, ...] = ()  # files to measure; none: the scripts' own, or all in their folders
     source_checkpoint: str | None = None  # the network on which `transfer` makes its images
-    results: str = "results/robustness.json"  # the numbers with all settings and versions; CSV files beside
+    results: JsonFile = "results/robustness.json"  # all numbers and settings; CSV files lie beside
     resume: bool = False  # go on with a stopped evaluation of the same checkpoints, data and settings
     overwrite: bool = False  # start anew over a stopped evaluation
     # attacks
-    attacks: tuple[str, ...] = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
-    epsilon: float = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
-    num_steps: int = 10  # of BIM, MIM, PGD on any loss, and transfer
-    step_size: float | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
+    attacks: Attacks = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
+    epsilon: Epsilon = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
+    num_steps: Count = 10  # of BIM, MIM, PGD on any loss, and transfer
+    step_size: StepSize | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
     random_start: bool = False  # PGD from a random point of the ball; the released evaluation does not
-    restarts: int = 1  # of PGD with random_start, and of APGD; an image counts by its worst
-    decay: float = 1.0  # of MIM's momentum
-    apgd_steps: int = 100  # of APGD, in each restart
-    num_queries: int = 5000  # of Square, for each image
-    cw_steps: int = 1000  # of C&W; paper: 1000
-    cw_lr: float = 0.01  # of C&W's Adam; paper: 0.01
-    predict: str = "softmax"  # softmax: the largest logit; or prototype: the nearest one (Eq. 6)
+    restarts: Count = 1  # of PGD with random_start, and of APGD; an image counts by its worst
+    decay: NotNegative = 1.0  # of MIM's momentum
+    apgd_steps: Count = 100  # of APGD, in each restart
+    num_queries: Count = 5000  # of Square, for each image
+    cw_steps: Count = 1000  # of C&W; paper: 1000
+    cw_lr: Positive = 0.01  # of C&W's Adam; paper: 0.01
+    predict: Literal["softmax", "prototype"] = (
+        "softmax"  # the largest logit, or the nearest prototype (Eq. 6)
+    )
     # more than the table
     sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
-    sanity_images: int = 200  # for the checks of --sanity, class-balanced
-    epsilons: tuple[float, ...] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255 16/255
-    step_counts: tuple[int, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
-    curve_attacks: tuple[str, ...] = ("pgd", "pgd-margin")  # the attacks that these curves are drawn for
+    sanity_images: Count = 200  # for the checks of --sanity, class-balanced
+    epsilons: tuple[
+        Epsilon, ...
+    ] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255 16/255
+    step_counts: tuple[Count, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
+    curve_attacks: CurveAttacks = ("pgd", "pgd-margin")  # the attacks that these curves are drawn for
     save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
     model_card: bool = False  # a file for each checkpoint with RobustBench's keys, beside the results
     # run
-    batch_size: int | None = None  # images at a time; none: 500 on a GPU, 100 on a CPU
+    batch_size: Count | None = None  # images at a time; none: 500 on a GPU, 100 on a CPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    seed: int = 0
+    seed: Seed = 0
 
 
 def checkpoints_of(config) -> list[str]:
@@ -107,7 +117,7 @@ def measure(config: Config, paths: list[str]) -> None:
     if config.batch_size is None:
         config = dataclasses.replace(config, batch_size=500 if device.type == "cuda" else 100)
     for path in paths:
-        utils.check_file(path)
+        checkpoints.check_file(path)
     dataset = data.load(
         config.dataset,
         config.data_dir,
@@ -118,7 +128,7 @@ def measure(config: Config, paths: list[str]) -> None:
     )
     targets = [evaluation.load_target(path, device, dataset.classes, config.predict) for path in paths]
     for target in targets:
-        training.check_holdout(target.origin, target.path, dataset)
+        checkpoints.check_holdout(target.origin, target.path, dataset)
     path = config.source_checkpoint
     source = None if path is None else evaluation.load_target(path, device, dataset.classes)
     trials = suite.table(config, len(dataset.classes), source)
@@ -155,9 +165,4 @@ def report(config, dataset, targets, trials, points, checks, progress):
 
 
 if __name__ == "__main__":
-    choices = {
-        "attacks": suite.ATTACKS,
-        "curve_attacks": tuple(suite.LOSSES),
-        "predict": ("softmax", "prototype"),
-    }
-    utils.run(main, Config, choices)
+    cli.run(main, Config)

@@ -10,42 +10,30 @@ from dataclasses import dataclass
 
 import torch
 
+import cli
 import data
 import training
 import utils
+from cli import Count, Depth, Milestones, Momentum, NotNegative, Positive, Whole
 from resnet_model import resnet
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(training.RunConfig):
     # data and files
-    dataset: str = "cifar10"  # cifar10, folder (DATA_DIR/{train,test}/<class>/*) or synthetic
-    data_dir: str = "data"  # where the images are, or are downloaded to
-    limit: int | None = None  # so many images of each split, the first of each class; none: all
-    holdout: int = 0  # training images held out and measured in place of the test images, to choose settings
-    save_to: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"  # the checkpoint
-    log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
-    resume: bool = False  # go on with the run at save_to, if there is one
-    overwrite: bool = False  # start anew over the run at save_to
+    save_to: str = "Models_Softmax/CIFAR10_Softmax.pth.tar"
     # model
-    depth: int = 110  # 6n + 2; 110 as released, 74 as in the paper; basic blocks, no bottlenecks, below 44
-    fc_dim: int = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
+    depth: Depth = 110  # 6n + 2; 110 as released, 74 as in the paper; basic blocks, no bottlenecks, below 44
+    fc_dim: Count = 1024  # width of the penultimate layer; 2 draws it as in the paper's Figure 1
     # optimisation
-    epochs: int = 164  # paper: 200
-    batch_size: int = 128  # paper: 256
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    milestones: tuple[int, ...] = (81, 122, 140)  # epochs after which the rate is multiplied by gamma
-    gamma: float = 0.1
-    # run
-    eval_every: int = 5  # epochs between measurements of the test accuracy, which chooses nothing
-    save_every_minutes: float | None = 10.0  # saves within an epoch too; none: only after each
-    max_minutes: float | None = None  # stop after so long, saved, to be resumed
-    precision: str = "auto"  # auto (bfloat16 where the hardware has it), bfloat16 or float32
-    compile: str = "auto"  # auto (on a GPU), on or off
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    seed: int = 0
+    epochs: Count = 164  # paper: 200
+    batch_size: Count = 128  # paper: 256
+    lr: Positive = 0.1
+    warmup: Whole = 1  # first epochs at a tenth of lr; released: 0, which diverges at depth 110
+    momentum: Momentum = 0.9
+    weight_decay: NotNegative = 1e-4
+    milestones: Milestones = (81, 122, 140)  # epochs after which the rate is multiplied by gamma
+    gamma: Positive = 0.1
 
 
 def main(config: Config) -> None:
@@ -64,8 +52,11 @@ def main(config: Config) -> None:
         fused=True,
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.gamma)
+    if config.warmup:
+        warmup = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, config.warmup)
+        scheduler = torch.optim.lr_scheduler.ChainedScheduler([warmup, scheduler], optimizer)
     training.fit(config, dataset, model, criterion, optimizer, scheduler)
 
 
 if __name__ == "__main__":
-    utils.run(main, Config)
+    cli.run(main, Config)

@@ -132,9 +132,9 @@ def _steps(num_steps, step_size, epsilon):
 def loss_of(name, target):
     """The loss that PGD raises: (outputs, labels) -> (N,)."""
     if name == "joint":
-        return target.prototypes.joint_loss
+        return target.prototypes.per_image
     if name == "prototype":
-        return lambda outputs, labels: attacks.margin(target.prototypes.scores(outputs), labels)
+        return lambda outputs, labels: attacks.margin(target.prototypes.nearest(outputs), labels)
     losses = {"pgd": attacks.cross_entropy, "pgd-margin": attacks.margin, "pgd-dlr": attacks.dlr}
     return losses[name]
 

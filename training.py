@@ -1,28 +1,29 @@
 """What the four training scripts share: the joint loss, one epoch, `fit` and `accuracy`."""
 
 import collections
-import contextlib
-import dataclasses
 import functools
 import importlib.util
-import inspect
 import math
 import os
 import shutil
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import attacks
+import checkpoints
+import cli
 import data
 import utils
-from contrastive_proximity import ContrastiveProximity
-from proximity import Proximity
-from resnet_model import clean_state_dict, folded, network_of
+from cli import Count, Positive, Seed, Whole
+from prototype_conformity import PrototypeConformityLoss  # noqa: F401
+from resnet_model import folded
 
 EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
 WATCH_EVERY = 50  # batches between looks at the loss where a look waits for the device
@@ -38,13 +39,40 @@ FREE_ON_RESUME = {
 EACH_TIME = ("resume", "overwrite", "max_minutes")  # not worth a word when they differ
 
 
-class DivergenceError(Exception):
-    """The loss stopped being a number, or ran away."""
-
-    exit_status = 5
-
-
 # ---------------------------------------------------------------- criteria
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training script can be told of a run, besides its recipe."""
+
+    # data and files
+    dataset: Literal[data.DATASETS] = "cifar10"  # folder: DATA_DIR/{train,test}/<class>/*
+    data_dir: str = "data"  # where the images are, or are downloaded to
+    limit: Count | None = None  # so many images of each split, the first of each class; none: all
+    holdout: Whole = 0  # training images held out, and measured in place of the test images
+    save_to: str = ""  # the checkpoint
+    log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
+    resume: bool = False  # go on with the run at save_to, if there is one
+    overwrite: bool = False  # start anew over the run at save_to
+    # run
+    eval_every: Count = 5  # epochs between measurements of the test accuracy, which chooses nothing
+    save_every_minutes: Positive | None = 10.0  # saves within an epoch too; none: only after each
+    max_minutes: Positive | None = None  # stop after so long, saved, to be resumed
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware has it
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    seed: Seed = 0
+
+    def check(self):
+        """Raise UsageError unless checkpoint, log and metrics are three files."""
+        log = log_path_of(self)
+        if not log.name:
+            raise utils.UsageError(f"--log-to {self.log_to}: names no file")
+        if len({log, log.with_suffix(".csv"), Path(self.save_to)}) < 3:
+            raise utils.UsageError(
+                f"--log-to {log}: the checkpoint and the metrics (.csv) have names of their own"
+            )
 
 
 class CrossEntropyLoss(nn.Module):
@@ -57,102 +85,7 @@ class CrossEntropyLoss(nn.Module):
         return loss, {"cross_entropy": loss.detach()}
 
 
-class PrototypeConformityLoss(nn.Module):
-    """Cross-entropy + the sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5 and 9).
-
-    `feat_dims` maps the supervised layers (fields of the network's outputs) to their widths; a weight of 0
-    switches its term off. As released, pull and push have prototypes of their own, distances are squared and
-    prototypes do not repel each other; `shared`, `squared=False` and `separation` give Eq. 5 as printed.
-    """
-
-    def __init__(
-        self,
-        num_classes,
-        feat_dims,
-        weight_prox,
-        weight_conprox,
-        *,
-        squared=True,
-        shared=False,
-        separation=False,
-    ):
-        super().__init__()
-        self.weight_prox, self.weight_conprox = weight_prox, weight_conprox
-        # As numbers they would be part of a compiled step, which another weight would compile anew.
-        self.register_buffer("weights", torch.tensor([weight_prox, weight_conprox]).float(), persistent=False)
-        self.proximity, self.contrastive = nn.ModuleDict(), nn.ModuleDict()
-        for layer, width in feat_dims.items():
-            if weight_prox:
-                self.proximity[layer] = Proximity(num_classes, width, squared=squared)
-            if weight_conprox:
-                self.contrastive[layer] = ContrastiveProximity(
-                    num_classes, width, squared=squared, separation=separation
-                )
-            if shared and weight_prox and weight_conprox:
-                self.contrastive[layer].centers = self.proximity[layer].centers
-        self.terms = ("cross_entropy",)
-        self.terms += ("proximity",) if weight_prox else ()
-        self.terms += ("contrastive",) if weight_conprox else ()
-
-    def forward(self, outputs, labels):
-        """Return (loss, its terms before weighting, detached) for the network's outputs on N images."""
-        loss = F.cross_entropy(outputs.logits.float(), labels)
-        parts = {"cross_entropy": loss.detach()}
-        if self.proximity:
-            pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())
-            loss = loss + self.weights[0] * pull
-            parts["proximity"] = pull.detach()
-        if self.contrastive:
-            push = sum(term(getattr(outputs, layer), labels) for layer, term in self.contrastive.items())
-            loss = loss - self.weights[1] * push
-            parts["contrastive"] = push.detach()
-        return loss, parts
-
-    def param_groups(self, lr_prox, lr_conprox):
-        """Return the prototypes' optimiser groups: plain SGD on the unweighted terms.
-
-        The released scripts divide a prototype's gradient by its loss weight before the step; for SGD without
-        momentum that is a learning rate divided by the weight. Shared prototypes are in the pull's group.
-        """
-        pull = list(self.proximity.parameters())
-        push = [p for p in self.contrastive.parameters() if not any(p is other for other in pull)]
-        groups = [(pull, lr_prox, self.weight_prox), (push, lr_conprox, self.weight_conprox)]
-        return [
-            {"params": params, "lr": lr / weight, "momentum": 0.0, "weight_decay": 0.0}
-            for params, lr, weight in groups
-            if params
-        ]
-
-    @torch.no_grad()
-    def init_class_means(self, model, split, batch_size=EVAL_BATCH):
-        """Move every prototype to the mean of its class's features on `split` (float32, eval mode)."""
-        terms = [*self.proximity.items(), *self.contrastive.items()]
-        if not terms:
-            return
-        sums = {layer: torch.zeros_like(term.centers) for layer, term in terms}
-        with evaluating(model):
-            for _, images, labels in data.epoch_batches(split, batch_size):
-                outputs = model(data.to_float(images))
-                for layer, total in sums.items():
-                    total.index_add_(0, labels, getattr(outputs, layer).float())
-        counts = torch.bincount(split.labels, minlength=len(terms[0][1].centers))[:, None]
-        for layer, term in terms:  # a class without an image keeps the prototype that was drawn
-            term.centers.copy_(torch.where(counts > 0, sums[layer] / counts, term.centers))
-
-
 # ---------------------------------------------------------------- modes and precision
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Within it all modules are in eval mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def select_precision(name, device):
@@ -186,7 +119,7 @@ def compiles(name, device):
 def accuracy(model, split):
     """Return the accuracy in percent on `split`: float32 (TF32 on a GPU), eval mode, argmax of the logits."""
     correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    with evaluating(model):
+    with utils.evaluating(model):
         for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
             images = data.to_float(images).contiguous(memory_format=torch.channels_last)
             correct += (model.logits(images).argmax(1) == labels).sum()
@@ -196,68 +129,9 @@ def accuracy(model, split):
 # ---------------------------------------------------------------- starting points
 
 
-def read_network(path):
-    """Return (checkpoint, clean weights, arguments of `resnet`) for a file of this project's or the authors'.
-
-    Raises CheckpointError when there are no weights, they fit no network, or one is not a finite number.
-    """
-    state = utils.load_checkpoint(path)
-    weights = state.get("state_dict", state)
-    if not (isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values())):
-        raise utils.CheckpointError(
-            f"{path}: holds no weights (no state_dict); is it a network's checkpoint?"
-        )
-    try:
-        weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
-        network = network_of(weights)
-    except ValueError as error:
-        raise utils.CheckpointError(f"{path}: {error}; was it made by another network?") from None
-    check_finite(weights, path)
-    if not isinstance(state.get("config", {}), dict):  # not ours
-        state = {name: value for name, value in state.items() if name != "config"}
-    return state, weights, network
-
-
-def check_finite(tensors, path):
-    """Raise CheckpointError when one of the named tensors holds NaN or Inf, or no numbers of its own."""
-    for name, value in tensors.items():
-        try:
-            stored = value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-            finite = bool(stored and value.isfinite().all())
-        except RuntimeError:  # sparse, quantised, on no device
-            stored = finite = False
-        if not stored:
-            raise utils.CheckpointError(f"{path}: {name} is no ordinary tensor; save it as one")
-        if not finite:
-            raise utils.CheckpointError(
-                f"{path}: {name} holds NaN or Inf; the run diverged, use an older file"
-            )
-
-
-def check_classes(state, path, classes):
-    """Raise CheckpointError when a checkpoint says it was trained on other classes than `classes`."""
-    there = state.get("classes")
-    if isinstance(there, list | tuple) and list(there) != list(classes):
-        there = [str(name) for name in there]
-        raise utils.CheckpointError(
-            f"{path}: trained on other classes ({', '.join(there[:3])}, ...) than this data set has "
-            f"({', '.join(classes[:3])}, ...); give the --dataset it was trained on"
-        )
-
-
-def check_holdout(state, path, dataset):
-    """Raise CheckpointError when a checkpoint says it was trained on the images that `dataset` holds out."""
-    before = (state.get("config") or {}).get("holdout", 0)
-    if dataset.holdout and "config" in state and before != dataset.holdout:
-        raise utils.CheckpointError(
-            f"{path}: trained with holdout {before}, so on images that holdout {dataset.holdout} keeps for "
-            f"measuring; train it with --holdout {dataset.holdout} as well"
-        )
-
-
 def resumes(config):
     """Whether there is a run to go on with, which has weights and prototypes of its own."""
-    return config.resume and utils.any_checkpoint(config.save_to)
+    return config.resume and checkpoints.exists(config.save_to)
 
 
 def start_from(model, config, dataset):
@@ -269,15 +143,15 @@ def start_from(model, config, dataset):
     if resumes(config):
         return
     path = config.init_from
-    state, weights, network = read_network(path)
+    state, weights, network = checkpoints.read_network(path)
     for name, value in network.items():
         if value != getattr(model, name) and not (name == "aux_dim" and value == 0):
             raise utils.CheckpointError(
                 f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it "
                 "was trained with or another --init-from"
             )
-    check_classes(state, path, dataset.classes)
-    check_holdout(state, path, dataset)
+    checkpoints.check_classes(state, path, dataset.classes)
+    checkpoints.check_holdout(state, path, dataset)
     model.load_state_dict({**model.state_dict(), **weights})
     percent = accuracy(model, dataset.test)
     epoch = state.get("epoch", "?")
@@ -351,24 +225,24 @@ class Run:
             utils.prepare_output(output)
         if resumes(config):
             warnings = []
-            self.restore(utils.load_newest(path, warn=warnings.append))
+            self.restore(checkpoints.load_newest(path, warn=warnings.append))
             for line in (*warnings, f"resumed {path} at epoch {self.epoch + 1}, batch {self.batch}"):
                 self.say(line)
-        elif utils.any_checkpoint(path) and not config.overwrite:
+        elif checkpoints.exists(path) and not config.overwrite:
             raise utils.FileSystemError(
                 f"{path}: exists; --resume goes on with it, --overwrite starts anew, --save-to names another"
             )
         else:
             self.start_log()
         if self.epoch >= config.epochs:
-            utils.drop_previous(path)  # there still where the run was killed right after its end
+            checkpoints.drop_previous(path)  # there still where the run was killed right after its end
             self.say(f"{path} is finished already ({self.epoch} epochs); a larger --epochs goes on")
             return False
         return True
 
     def start_log(self):
         """Begin a new log with its headline; FileSystemError when that would lose a file that is no log."""
-        name = script_name(self.config)
+        name = cli.script_name(self.config)
         if self.log_path.exists() and not self.log_path.read_bytes().startswith(f"{name}: ".encode()):
             raise utils.FileSystemError(
                 f"{self.log_path}: exists and is no log of {name}.py; name another --log-to"
@@ -392,7 +266,7 @@ class Run:
             )
         try:
             differing = self.check_identity(state, path)
-            check_finite({**state["state_dict"], **state["criterion"]}, path)
+            checkpoints.check_finite({**state["state_dict"], **state["criterion"]}, path)
             self.model.load_state_dict(state["state_dict"])
             self.criterion.load_state_dict(state["criterion"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -415,14 +289,14 @@ class Run:
 
     def check_identity(self, state, path):
         """Refuse what identifies another run; return what else differs between its settings and these."""
-        if state["script"] != script_name(self.config):
+        if state["script"] != cli.script_name(self.config):
             raise utils.CheckpointError(f"{path}: made by {state['script']}.py; name another --save-to")
-        check_classes(state, path, self.dataset.classes)
+        checkpoints.check_classes(state, path, self.dataset.classes)
         if not same_data(state["data"], self.data):
             raise utils.CheckpointError(
                 f"{path}: trained on {state['data']}, not {self.data}; give the same data"
             )
-        now = {**config_dict(self.config), "precision": self.precision}
+        now = {**cli.config_dict(self.config), "precision": self.precision}
         before = {**state["config"], "precision": state["precision"] or self.precision}
         names = [name for name in now if name in before and now[name] != before[name]]
         differing = {name: f"{name} {before[name]} -> {now[name]}" for name in names}
@@ -529,7 +403,7 @@ class Run:
         recent = [terms_text(*entry) for entry in self.recent]
         what = (*recent[lost : lost + 1], "a weight or a loss is NaN or Inf")[0]
         before = " | ".join(recent[max(0, lost - LAST_GOOD) : lost]) or "none since the start"
-        return DivergenceError(
+        return utils.DivergenceError(
             f"diverged: {what}; the last good batches: {before}; lower --lr or the loss weights; "
             f"{self.config.save_to} is as it was last saved"
         )
@@ -587,11 +461,11 @@ class Run:
         self.check_numbers()
         finished = self.epoch >= self.config.epochs
         state = {
-            "script": script_name(self.config),
+            "script": cli.script_name(self.config),
             "network": {name: getattr(self.model, name) for name in NETWORK},
             "classes": list(self.dataset.classes),
             "data": self.data,
-            "config": config_dict(self.config),
+            "config": cli.config_dict(self.config),
             "precision": self.precision,
             "epoch": self.epoch,
             "batch": self.batch,
@@ -605,7 +479,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        utils.save_checkpoint(state, self.config.save_to, keep_previous=self.has_checkpoint and not finished)
+        checkpoints.save(state, self.config.save_to, keep_previous=self.has_checkpoint and not finished)
         self.has_checkpoint, self.saved = True, time.monotonic()
         self.write_metrics()
 
@@ -623,16 +497,6 @@ class Run:
 def log_path_of(config):
     """Where a run's log lies: its metrics lie beside it."""
     return Path(config.log_to or config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log")
-
-
-def script_name(config):
-    """The name of the script that a Config was written in."""
-    return Path(inspect.getfile(type(config))).stem
-
-
-def config_dict(config):
-    """The settings as plain Python that a checkpoint and JSON can hold."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
 def describe(dataset):

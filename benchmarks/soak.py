@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoints  # noqa: E402
+import cli  # noqa: E402
 import utils  # noqa: E402
 
 SCRIPTS = (
@@ -38,8 +40,8 @@ FORKS = multiprocessing.get_context("forkserver")  # torch is imported once: a p
 @dataclasses.dataclass(frozen=True)
 class Config:
     # run
-    kills: int = 60  # signals to send in all, over the scripts in turn
-    seed: int = 0
+    kills: cli.Count = 60  # signals to send in all, over the scripts in turn
+    seed: cli.Seed = 0
 
 
 # ---------------------------------------------------------------- processes
@@ -73,7 +75,7 @@ def _become(script, options, cwd, output, began=None):
     try:
         if began is not None:
             began.send_bytes(b"began")
-        utils.run(module.main, module.Config)
+        cli.run(module.main, module.Config)
     except KeyboardInterrupt:  # between the lines
         os._exit(128 + signal.SIGINT)
 
@@ -102,7 +104,7 @@ def tiny(save_to, **more):
 
 def outcome(path):
     """What must not depend on interruptions: everything in the checkpoint that the run computed."""
-    state = utils.load_checkpoint(path)
+    state = checkpoints.load(path)
     names = ("state_dict", "criterion", "optimizer", "scheduler", "history", "epoch", "batch", "finished")
     return {name: state[name] for name in names}
 
@@ -213,4 +215,4 @@ def options_of(script, path, whole):
 
 
 if __name__ == "__main__":
-    utils.run(main, Config)
+    cli.run(main, Config)

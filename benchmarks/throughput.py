@@ -22,22 +22,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import attacks
+import checkpoints
+import cli
 import data
 import evaluation
 import pcl_training
 import pcl_training_adversarial_fgsm
 import pcl_training_adversarial_pgd
+import prototype_conformity
 import robustness
 import softmax_training
 import suite
 import training
 import utils
 from benchmarks import plain
+from cli import Count, Depth, JsonFile, Seed, Whole
 from resnet_model import resnet
 
 SCRIPTS = {
@@ -49,37 +54,36 @@ SCRIPTS = {
 INNER = {"inner_fgsm": "stage2_fgsm", "inner_pgd": "stage2_pgd"}
 EVALUATIONS = ("fgsm", "bim", "mim", "pgd")
 ROWS = ("data", *SCRIPTS, *INNER, *EVALUATIONS)
-CHOICES = {"rows": ROWS, "dataset": ("noise", "cifar10", "folder", "synthetic")}
 LR = 1e-4  # of the network, on both sides: every repetition finds much the same weights
 
 
 @dataclass(frozen=True)
 class Config:
     # what is measured
-    rows: tuple[str, ...] = ROWS
+    rows: tuple[Literal[ROWS], ...] = ROWS
     scaling: bool = False  # measure how ours grows with each of the lists below, and no rows
-    images: int | None = None  # of an epoch of training and of its data; none: 512, or 12,800 on a GPU
-    attack_images: int | None = None  # of one in which every image is attacked; none: half as many
-    repetitions: int = 3  # of each side, taking turns; the median counts
-    batch_size: int = 128  # in adversarial training half of them clean
-    depth: int = 110
-    num_steps: int = 10  # of BIM, MIM and PGD
-    workers: int = 2  # processes of the plain DataLoader
+    images: Count | None = None  # of an epoch of training and of its data; none: 512, or 12,800 on a GPU
+    attack_images: Count | None = None  # of one in which every image is attacked; none: half as many
+    repetitions: Count = 3  # of each side, taking turns; the median counts
+    batch_size: Count = 128  # in adversarial training half of them clean
+    depth: Depth = 110
+    num_steps: Count = 10  # of BIM, MIM and PGD
+    workers: Whole = 2  # processes of the plain DataLoader
     # what grows
-    batch_sizes: tuple[int, ...] = (32, 64, 128, 256)  # stage 2
-    depths: tuple[int, ...] = (44, 74, 110)  # stage 2; below 44 the blocks are others
-    steps: tuple[int, ...] = (1, 5, 10, 20)  # evaluation under PGD
-    epoch_sizes: tuple[int, ...] = (256, 512, 1024)  # images, stage 2
+    batch_sizes: tuple[Count, ...] = (32, 64, 128, 256)  # stage 2
+    depths: tuple[Depth, ...] = (44, 74, 110)  # stage 2; below 44 the blocks are others
+    steps: tuple[Count, ...] = (1, 5, 10, 20)  # evaluation under PGD
+    epoch_sizes: tuple[Count, ...] = (256, 512, 1024)  # images, stage 2
     # data and files
-    dataset: str = "noise"  # noise, or as in the scripts: cifar10, folder, synthetic
+    dataset: Literal["noise", *data.DATASETS] = "noise"  # noise: random pixels
     data_dir: str = "data"
     init_from: str | None = None  # a checkpoint, whose depth then counts; none: fresh weights
-    results: str = "results/throughput.json"  # and .md beside it
+    results: JsonFile = "results/throughput.json"  # and .md beside it
     # run
-    precision: str = "auto"  # of our training
-    compile: str = "auto"  # of our training
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of our training
+    compile: Literal["auto", "on", "off"] = "auto"  # of our training
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    seed: int = 0
+    seed: Seed = 0
 
 
 # ---------------------------------------------------------------- what is measured on
@@ -121,7 +125,7 @@ def make_subject(config: Config, device: torch.device) -> Subject:
             sets.append(shuffled(getattr(loaded, split), config.seed))
             classes = loaded.classes
     if config.init_from:
-        _, weights, network = training.read_network(config.init_from)
+        _, weights, network = checkpoints.read_network(config.init_from)
         if network["num_classes"] != len(classes):
             raise utils.CheckpointError(
                 f"{config.init_from}: has {network['num_classes']} classes, the data {len(classes)}"
@@ -198,7 +202,7 @@ def our_run(subject: Subject, row: str, split: data.Split) -> training.Run:
     groups, criterion = [network], training.CrossEntropyLoss()
     if row != "stage1":
         widths = {layer: model.feat_dims[layer] for layer in recipe.layers}
-        criterion = training.PrototypeConformityLoss(
+        criterion = prototype_conformity.PrototypeConformityLoss(
             len(subject.classes), widths, recipe.weight_prox, recipe.weight_conprox
         ).to(subject.device)
         groups += criterion.param_groups(recipe.lr_prox, recipe.lr_conprox)
@@ -570,7 +574,7 @@ def main(config: Config) -> None:
         text = comparison_table(config, measured)
     text = "\n".join([text, "", *footnotes(config, depth, device, measured)])
     report = {
-        "settings": training.config_dict(config),
+        "settings": cli.config_dict(config),
         "depth": depth,
         "hardware": hardware(device),
         "versions": utils.versions(),
@@ -589,4 +593,4 @@ def check(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main, Config, CHOICES)
+    cli.run(main, Config)

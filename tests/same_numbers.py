@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = "--dataset synthetic --limit 600 --depth 8 --epochs 2 --batch-size 64 --precision float32"
 RUNS = {
-    "softmax": ("softmax_training.py", ""),
+    "softmax": ("softmax_training.py", "--warmup 0"),
     "pcl": ("pcl_training.py", ""),
     "eq5": (
         "pcl_training.py",

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attacks
+import cli
 import data
 import pcl_training
 import softmax_training
@@ -272,4 +273,4 @@ def test_scaling_measures_every_value_of_every_knob(tmp_path, capsys):
 def test_a_bad_option_is_named(options, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(utils.UsageError, match=named):
-        throughput.main(utils.parse_config(throughput.Config, options, throughput.CHOICES))
+        throughput.main(cli.parse_config(throughput.Config, options))

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import checkpoints
 import data
 import evaluation
+import prototype_conformity
 import reports
 import robustness
 import suite
-import training
 import utils
 from resnet_model import resnet
 
@@ -209,7 +210,9 @@ def test_into_ball_is_within_it_exactly(epsilon, seed):
 
 def joint(**options):
     torch.manual_seed(3)
-    criterion = training.PrototypeConformityLoss(4, {"layer3": 64, "fc": 1024}, 0.5, 0.01, **options)
+    criterion = prototype_conformity.PrototypeConformityLoss(
+        4, {"layer3": 64, "fc": 1024}, 0.5, 0.01, **options
+    )
     distance = "squared" if options.get("squared", True) else "plain"
     config = {"weight_prox": 0.5, "weight_conprox": 0.01, "distance": distance}
     return criterion, evaluation.Prototypes(criterion.state_dict(), config)
@@ -237,11 +240,13 @@ def save(path, classes=CLASSES, script="pcl_training", prototypes=True, seed=0, 
     """A small checkpoint of stage 2, as the scripts write it, untrained."""
     torch.manual_seed(seed)
     model = resnet(len(classes), 8)
-    criterion = training.PrototypeConformityLoss(len(classes), {"layer3": 64, "fc": 1024}, *weights)
+    criterion = prototype_conformity.PrototypeConformityLoss(
+        len(classes), {"layer3": 64, "fc": 1024}, *weights
+    )
     state = {"script": script, "classes": list(classes), "epoch": 1, "state_dict": model.state_dict()}
     state["config"] = {"weight_prox": weights[0], "weight_conprox": weights[1], "distance": "squared"}
     state["criterion"] = criterion.state_dict() if prototypes else {}
-    utils.save_checkpoint(state, path, keep_previous=False)
+    checkpoints.save(state, path, keep_previous=False)
     return model.eval(), criterion
 
 
@@ -257,17 +262,17 @@ def test_a_control_is_not_called_pcl(weights, label, tmp_path):
 def test_eq_5_as_printed_is_told_from_the_released_form(tmp_path):
     path = tmp_path / "run.pth.tar"
     save(path)
-    state = utils.load_checkpoint(path)
+    state = checkpoints.load(path)
     for shared, label in ((False, "PCL"), (True, "PCL by Eq. 5")):
         config = {**state["config"], "shared_prototypes": shared, "separation": True}
-        utils.save_checkpoint({**state, "config": config}, path, keep_previous=False)
+        checkpoints.save({**state, "config": config}, path, keep_previous=False)
         assert evaluation.load_target(path, torch.device("cpu"), CLASSES).label == label
 
 
 def test_settings_of_another_kind_are_none_of_ours(tmp_path):
     save(tmp_path / "run.pth.tar")
-    state = utils.load_checkpoint(tmp_path / "run.pth.tar")
-    utils.save_checkpoint({**state, "config": "lr 0.1"}, tmp_path / "run.pth.tar", keep_previous=False)
+    state = checkpoints.load(tmp_path / "run.pth.tar")
+    checkpoints.save({**state, "config": "lr 0.1"}, tmp_path / "run.pth.tar", keep_previous=False)
     target = evaluation.load_target(tmp_path / "run.pth.tar", torch.device("cpu"), CLASSES)
     assert target.label == "PCL" and "config" not in target.origin
 

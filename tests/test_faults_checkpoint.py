@@ -15,9 +15,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import checkpoints
+import cli
 import evaluation
+import prototype_conformity
 import softmax_training
-import training
 import utils
 from resnet_model import resnet
 from utils import CheckpointError
@@ -40,11 +42,11 @@ def network():
 @pytest.fixture
 def checkpoint(network, tmp_path):
     path = tmp_path / "CIFAR10_Softmax.pth.tar"
-    utils.save_checkpoint({"state_dict": network.state_dict(), "epoch": 4}, path)
+    checkpoints.save({"state_dict": network.state_dict(), "epoch": 4}, path)
     return path
 
 
-def message(path, read=utils.load_checkpoint):
+def message(path, read=checkpoints.load):
     """The one line that a refused file is answered with."""
     with pytest.raises(CheckpointError) as caught:
         read(path)
@@ -160,7 +162,7 @@ def test_items_9_and_10_the_authors_format_and_wrappers_prefixes_load(tmp_path, 
         weights = {prefix + name: value for name, value in network.state_dict().items()}
         state = {"epoch": 3, "state_dict": weights, "optimizer_model": {"state": {}, "param_groups": []}}
         torch.save(state, path, _use_new_zipfile_serialization=False)  # as torch did in 2019
-        _, read, arguments = training.read_network(path)
+        _, read, arguments = checkpoints.read_network(path)
         assert arguments == {"depth": 8, "num_classes": 3, "aux_dim": 0, "fc_dim": 1024}
         assert all(torch.equal(read[name], value) for name, value in network.state_dict().items())
 
@@ -176,7 +178,7 @@ def test_item_9_tensors_saved_on_cuda_load_on_a_cpu(checkpoint, network):
                 content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
             target.writestr(record.filename, content)
     checkpoint.write_bytes(changed.getvalue())
-    state = utils.load_checkpoint(checkpoint)
+    state = checkpoints.load(checkpoint)
     assert state["state_dict"]["fcf.weight"].device.type == "cpu"
 
 
@@ -191,19 +193,19 @@ def test_item_11_evaluation_takes_depth_and_classes_from_the_checkpoint(checkpoi
 def test_item_13_lost_weights_are_refused(tmp_path, network, value):
     path, weights = tmp_path / "lost.pth.tar", copy.deepcopy(network.state_dict())
     weights["layer2.0.conv1.weight"][0, 0, 0, 0] = value
-    utils.save_checkpoint({"state_dict": weights}, path)
-    assert "layer2.0.conv1.weight holds NaN or Inf" in message(path, training.read_network)
+    checkpoints.save({"state_dict": weights}, path)
+    assert "layer2.0.conv1.weight holds NaN or Inf" in message(path, checkpoints.read_network)
 
 
 def test_item_14_a_newer_format_says_so(tmp_path):
     path = tmp_path / "future.pth.tar"
-    utils.save_checkpoint({"format": utils.FORMAT + 1}, path)
-    torch.save({"format": utils.FORMAT + 1, "state_dict": {}}, path)
-    assert f"format {utils.FORMAT + 1} is newer" in message(path)
+    checkpoints.save({"format": checkpoints.FORMAT + 1}, path)
+    torch.save({"format": checkpoints.FORMAT + 1, "state_dict": {}}, path)
+    assert f"format {checkpoints.FORMAT + 1} is newer" in message(path)
 
 
 def test_every_older_format_has_a_migration():
-    assert sorted(utils.MIGRATIONS) == list(range(1, utils.FORMAT))
+    assert sorted(utils.MIGRATIONS) == list(range(1, checkpoints.FORMAT))
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text"])
@@ -227,7 +229,7 @@ def test_something_else_than_a_dict_is_refused(tmp_path, content):
 )
 def test_a_dict_that_holds_no_network_is_refused(tmp_path, state):
     torch.save(state, tmp_path / "other.pth.tar")
-    message(tmp_path / "other.pth.tar", training.read_network)
+    message(tmp_path / "other.pth.tar", checkpoints.read_network)
 
 
 @pytest.mark.parametrize("spoil", ["meta", "sparse", "expanded"])
@@ -241,7 +243,7 @@ def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, network, spo
         "expanded": lambda: torch.zeros(1).expand(10**9, 1024),
     }[spoil]()
     torch.save({"state_dict": weights}, tmp_path / "odd.pth.tar")
-    message(tmp_path / "odd.pth.tar", training.read_network)
+    message(tmp_path / "odd.pth.tar", checkpoints.read_network)
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
@@ -260,7 +262,7 @@ def small(tmp_path_factory):
     """A checkpoint of a few kilobytes, as bytes: every kind of content, little of each."""
     path = tmp_path_factory.mktemp("fuzz") / "small.pth.tar"
     state = {"state_dict": {"w": torch.arange(24.0).view(2, 3, 4)}, "epoch": 4, "history": [{"loss": 0.5}]}
-    utils.save_checkpoint(state, path)
+    checkpoints.save(state, path)
     return path.read_bytes()
 
 
@@ -278,7 +280,7 @@ def test_damage_anywhere_is_refused_or_harmless(small, tmp_path, data):
     """Flipped bits, cuts, holes and insertions: a CheckpointError, or the very content that was saved."""
     path, content = tmp_path / "small.pth.tar", bytearray(small)
     path.write_bytes(small)
-    whole = utils.load_checkpoint(path)
+    whole = checkpoints.load(path)
     place = data.draw(st.integers(0, len(content) - 1))
     kind = data.draw(st.sampled_from(["flip", "cut", "hole", "insert", "swap"]))
     if kind == "flip":
@@ -295,7 +297,7 @@ def test_damage_anywhere_is_refused_or_harmless(small, tmp_path, data):
         content[place : place + size] = content[place : place + size][::-1]
     path.write_bytes(content)
     try:
-        state = utils.load_checkpoint(path)
+        state = checkpoints.load(path)
     except CheckpointError as error:
         assert "\n" not in str(error)
     else:
@@ -313,7 +315,7 @@ def test_damage_anywhere_is_refused_or_harmless(small, tmp_path, data):
 def test_bytes_of_no_meaning_are_refused(tmp_path, head, tail):
     path = tmp_path / "noise.pth.tar"
     path.write_bytes(head + tail)
-    message(path, training.read_network)
+    message(path, checkpoints.read_network)
 
 
 OPCODES = [bytes([c]) for c in b"}])(.012KMNXUqrhjRbcQ\x81\x85\x86\x87\x88\x89\x93\x94usaetl0"]
@@ -354,7 +356,7 @@ def test_pickle_programs_run_nothing(tmp_path, program, wrapped):
     here = os.getcwd()
     os.chdir(tmp_path)
     try:
-        training.read_network(path)
+        checkpoints.read_network(path)
     except CheckpointError:
         pass
     finally:
@@ -368,7 +370,7 @@ def test_pickle_programs_run_nothing(tmp_path, program, wrapped):
 @pytest.fixture
 def trained(tmp_path, network):
     """A checkpoint with all that training saves: shared prototypes, channels-last weights, an optimiser."""
-    criterion = training.PrototypeConformityLoss(3, {"fc": 1024}, 1.0, 1e-4, shared=True)
+    criterion = prototype_conformity.PrototypeConformityLoss(3, {"fc": 1024}, 1.0, 1e-4, shared=True)
     model = copy.deepcopy(network).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1, momentum=0.9)
     criterion(model(torch.rand(4, 3, 8, 8)), torch.tensor([0, 1, 2, 0]))[0].backward()
@@ -388,7 +390,7 @@ def trained(tmp_path, network):
         "optimizer": optimizer.state_dict(), "log": ["a line of /home/someone"], "data": {"name": "folder"},
     }  # fmt: skip
     path = tmp_path / "trained.pth.tar"
-    utils.save_checkpoint(state, path)
+    checkpoints.save(state, path)
     return path
 
 
@@ -397,8 +399,8 @@ def test_exported_weights_load_wherever_a_checkpoint_does(trained, tmp_path, nam
     if name.endswith("safetensors"):
         pytest.importorskip("safetensors")
     target = tmp_path / "a new folder" / name
-    assert utils.export(trained, target) == utils.sha256(target)
-    before, after = utils.load_checkpoint(trained), utils.load_checkpoint(target)
+    assert checkpoints.export(trained, target) == utils.sha256(target)
+    before, after = checkpoints.load(trained), checkpoints.load(target)
     for part in ("state_dict", "criterion"):
         assert same(dict(before[part]), after[part])
     for key in ("script", "classes", "network", "epoch", "history", "finished", "versions", "format"):
@@ -406,14 +408,14 @@ def test_exported_weights_load_wherever_a_checkpoint_does(trained, tmp_path, nam
     assert after["config"] == {"lr": 0.1, "layers": ["fc"]}
     assert "optimizer" not in after and b"someone" not in target.read_bytes()
     assert target.stat().st_size < 0.7 * trained.stat().st_size
-    _, weights, arguments = training.read_network(target)
+    _, weights, arguments = checkpoints.read_network(target)
     assert same(weights, dict(before["state_dict"])) and arguments == before["network"]
     assert evaluation.load_target(target, torch.device("cpu"), ("ä", "b", "c")).depth == 8
 
 
 def test_exported_weights_are_an_ordinary_safetensors_file(trained, tmp_path, network):
     reader = pytest.importorskip("safetensors.torch")
-    utils.export(trained, tmp_path / "w.safetensors")
+    checkpoints.export(trained, tmp_path / "w.safetensors")
     tensors = reader.load_file(tmp_path / "w.safetensors")
     network.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("criterion.")})
 
@@ -422,14 +424,14 @@ def test_exported_weights_are_an_ordinary_safetensors_file(trained, tmp_path, ne
 def test_an_export_is_never_written_over_a_file(trained, tmp_path, name):
     (tmp_path / name).write_bytes(b"precious")
     with pytest.raises(utils.FileSystemError, match="exists"):
-        utils.export(trained, tmp_path / name)
+        checkpoints.export(trained, tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"precious"
 
 
 def test_damaged_safetensors_are_refused(trained, tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "w.safetensors"
-    utils.export(trained, path)
+    checkpoints.export(trained, path)
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
     path.write_bytes(content)
@@ -442,14 +444,14 @@ def test_item_43_without_safetensors_its_feature_alone_says_what_to_install(trai
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(utils.UsageError, match="pip install safetensors"):
-        utils.export(trained, tmp_path / "w.safetensors")
+        checkpoints.export(trained, tmp_path / "w.safetensors")
     assert not (tmp_path / "w.safetensors").exists()
-    utils.export(trained, tmp_path / "w.pth.tar")
+    checkpoints.export(trained, tmp_path / "w.pth.tar")
 
 
 def test_item_12_exported_weights_are_no_run_to_resume(trained, tmp_path):
     target = tmp_path / "w.pth.tar"
-    utils.export(trained, target)
+    checkpoints.export(trained, target)
     options = [
         "--dataset",
         "synthetic",
@@ -462,4 +464,4 @@ def test_item_12_exported_weights_are_no_run_to_resume(trained, tmp_path):
         "--resume",
     ]
     with pytest.raises(CheckpointError, match="no optimiser or prototypes to resume with"):
-        softmax_training.main(utils.parse_config(softmax_training.Config, options))
+        softmax_training.main(cli.parse_config(softmax_training.Config, options))

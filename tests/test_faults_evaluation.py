@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import cli
 import robustness
 import softmax_training
 import utils
@@ -20,7 +21,7 @@ ATTACKS = ("fgsm", "pgd")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("trained") / "softmax.pth.tar"
     options = soak.tiny(path, limit=24, epochs=1)
-    softmax_training.main(utils.parse_config(softmax_training.Config, options))
+    softmax_training.main(cli.parse_config(softmax_training.Config, options))
     return path
 
 
@@ -33,7 +34,7 @@ def options(checkpoint, results):
 
 
 def evaluate(*words):
-    robustness.main(utils.parse_config(robustness.Config, words))
+    robustness.main(cli.parse_config(robustness.Config, words))
 
 
 def without_times(results):
@@ -111,7 +112,7 @@ def test_item_47_outcomes_of_another_setting_or_checkpoint_are_refused(checkpoin
             evaluate(*words, "--resume", *change)
     other = tmp_path / "other.pth.tar"
     training = soak.tiny(other, limit=24, epochs=1, seed=5)
-    softmax_training.main(utils.parse_config(softmax_training.Config, training))
+    softmax_training.main(cli.parse_config(softmax_training.Config, training))
     with pytest.raises(utils.CheckpointError, match="another checkpoints"):
         evaluate(*words, "--resume", "--checkpoints", str(other))
     assert (tmp_path / "results.json.partial").read_bytes() == partial and not results.exists()

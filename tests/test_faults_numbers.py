@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
+import cli
 import pcl_training
+import prototype_conformity
 import softmax_training
 import training
 import utils
@@ -17,7 +19,7 @@ TINY = {"limit": 24, "batch_size": 4, "epochs": 2}
 
 def train(module, path, *flags, **more):
     options = soak.tiny(path, **{**TINY, **more})
-    module.main(utils.parse_config(module.Config, [*options, *flags]))
+    module.main(cli.parse_config(module.Config, [*options, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def test_item_31_a_learning_rate_far_too_high_stops_with_the_terms(stage_1, tmp_
     """The first batches are good, the weights explode, and no step follows the lost loss."""
     path, steps, step = tmp_path / "run.pth.tar", [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
-    with pytest.raises(training.DivergenceError) as caught:
+    with pytest.raises(utils.DivergenceError) as caught:
         train(pcl_training, path, init_from=stage_1, lr=1e4)
     text = str(caught.value)
     where = re.search(r"diverged: epoch (\d+), batch (\d+): loss (\S+), cross_entropy", text)
@@ -54,7 +56,7 @@ def test_item_31_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
         return loss * float("nan"), parts
 
     monkeypatch.setattr(training.CrossEntropyLoss, "forward", lost)
-    with pytest.raises(training.DivergenceError, match=r"epoch 2, batch 1: loss nan.*none since the start"):
+    with pytest.raises(utils.DivergenceError, match=r"epoch 2, batch 1: loss nan.*none since the start"):
         train(softmax_training, path, "--resume", epochs=2)
     assert path.read_bytes() == before
 
@@ -73,7 +75,7 @@ def test_item_31_a_weight_lost_without_a_lost_loss_is_never_saved(tmp_path, monk
 
     ruin.steps = 0
     monkeypatch.setattr(torch.optim.SGD, "step", ruin)
-    with pytest.raises(training.DivergenceError, match=r"a weight or a loss is NaN or Inf.*batch 6"):
+    with pytest.raises(utils.DivergenceError, match=r"a weight or a loss is NaN or Inf.*batch 6"):
         train(softmax_training, path)
     assert not path.exists()
 
@@ -82,7 +84,7 @@ def test_item_32_a_contrastive_term_that_runs_away_is_warned_of_and_stopped(stag
     """Pushed with all its weight and never pulled, features flee from the prototypes without bound."""
     path = tmp_path / "run.pth.tar"
     runaway = {"weight_prox": 0.0, "weight_conprox": 1.0, "lr": 0.05, "epochs": 40}
-    with pytest.raises(training.DivergenceError) as caught:
+    with pytest.raises(utils.DivergenceError) as caught:
         train(pcl_training, path, init_from=stage_1, **runaway)
     assert "contrastive" in str(caught.value) and caught.value.exit_status == 5
     said = capsys.readouterr().out
@@ -119,23 +121,21 @@ def test_a_lost_loss_moves_no_weight_where_few_batches_are_looked_at(value, tmp_
     weights = []
     monkeypatch.setattr(run, "device", torch.device("meta"))
     monkeypatch.setattr(run, "autocast", contextlib.nullcontext)
-    with pytest.raises(
-        training.DivergenceError, match=r"batch 31: .*last good batches: .*batch 28.*batch 30: "
-    ):
+    with pytest.raises(utils.DivergenceError, match=r"batch 31: .*last good batches: .*batch 28.*batch 30: "):
         for run.batch in range(training.WATCH_EVERY + 1):
             run.step(images, labels)
             weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
     assert run.batch == training.WATCH_EVERY
     assert not torch.equal(weights[28], weights[29]) and weights[29].isfinite().all()
     assert all(torch.equal(after, weights[29]) for after in weights[30:])
-    with pytest.raises(training.DivergenceError, match="batch 31"):
+    with pytest.raises(utils.DivergenceError, match="batch 31"):
         run.save()
     assert not list(tmp_path.iterdir())
 
 
 def test_class_means_of_a_class_without_images_keep_the_drawn_prototype():
     dataset = training.data.load("synthetic", "data", limit=7)  # 10 classes: three have no image
-    criterion = training.PrototypeConformityLoss(10, {"fc": 1024}, 1.0, 1e-4)
+    criterion = prototype_conformity.PrototypeConformityLoss(10, {"fc": 1024}, 1.0, 1e-4)
     drawn = criterion.proximity["fc"].centers.detach().clone()
     model = softmax_training.resnet(10, 8)
     criterion.init_class_means(model, dataset.train)
@@ -143,7 +143,7 @@ def test_class_means_of_a_class_without_images_keep_the_drawn_prototype():
     assert centers.isfinite().all()
     seen = torch.zeros(10, dtype=torch.bool).index_fill_(0, dataset.train.labels, True)
     assert torch.equal(centers[~seen], drawn[~seen]) and (~seen).sum() == 3
-    with torch.no_grad(), training.evaluating(model):
+    with torch.no_grad(), utils.evaluating(model):
         features = model(training.data.to_float(dataset.train.images)).fc
     for label in dataset.train.labels.unique():
         expected = features[dataset.train.labels == label].double().mean(0)

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 import torch
 
+import checkpoints
+import cli
 import pcl_training
 import robustness
 import softmax_training
@@ -20,7 +22,7 @@ TINY = {"limit": 12, "batch_size": 6, "epochs": 1}
 
 def train(path, *flags, **more):
     options = soak.tiny(path, **{**TINY, **more})
-    softmax_training.main(utils.parse_config(softmax_training.Config, [*options, *flags]))
+    softmax_training.main(cli.parse_config(softmax_training.Config, [*options, *flags]))
 
 
 @contextlib.contextmanager
@@ -103,7 +105,7 @@ def test_item_20_an_unwritable_results_path_is_found_before_the_attacks(path, tm
     train(tmp_path / "run.pth.tar")
     options = ["--checkpoints", str(tmp_path / "run.pth.tar"), "--dataset", "synthetic", "--results", path]
     with pytest.raises(utils.FileSystemError, match="cannot write there"):
-        robustness.main(utils.parse_config(robustness.Config, [*options, "--limit", "4"]))
+        robustness.main(cli.parse_config(robustness.Config, [*options, "--limit", "4"]))
 
 
 # ---------------------------------------------------------------- item 17: a full disk
@@ -130,7 +132,7 @@ def test_item_17_a_quota_does_what_a_full_disk_does(tmp_path):
     assert path.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {"run.pth.tar", "run.log", "run.csv"}
     train(path, "--resume", epochs=2)  # with space again it goes on
-    assert utils.load_checkpoint(path)["epoch"] == 2
+    assert checkpoints.load(path)["epoch"] == 2
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096])
@@ -177,7 +179,7 @@ def test_item_19_a_finished_run_is_not_written_over(tmp_path):
         train(path)
     assert [file.read_bytes() for file in sorted(tmp_path.iterdir())] == before
     train(path, "--overwrite", seed=1)
-    assert utils.load_checkpoint(path)["config"]["seed"] == 1
+    assert checkpoints.load(path)["config"]["seed"] == 1
 
 
 def test_a_file_that_is_no_log_is_not_replaced_by_one(tmp_path):
@@ -194,7 +196,7 @@ def test_stage_1_survives_a_stage_2_that_fails(tmp_path):
     before = first.read_bytes()
     options = soak.tiny(second, **TINY, init_from=first)
     with small_files(500_000), pytest.raises(utils.FileSystemError):
-        pcl_training.main(utils.parse_config(pcl_training.Config, options))
+        pcl_training.main(cli.parse_config(pcl_training.Config, options))
     assert first.read_bytes() == before and not second.exists()
 
 
@@ -205,6 +207,6 @@ def test_a_save_without_hard_links_keeps_the_previous_checkpoint(tmp_path, monke
     monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "run.pth.tar"
     for number in range(3):
-        utils.save_checkpoint({"number": torch.tensor(number)}, path)
-    assert utils.load_checkpoint(path)["number"] == 2
-    assert utils.load_checkpoint(utils.previous_of(path))["number"] == 1
+        checkpoints.save({"number": torch.tensor(number)}, path)
+    assert checkpoints.load(path)["number"] == 2
+    assert checkpoints.load(checkpoints.previous_of(path))["number"] == 1

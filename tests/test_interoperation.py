@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import attacks
+import checkpoints
 import evaluation
 import resnet_model
 import suite
-import training
 import utils
 
 CLASSES, EPSILON = ("a", "b", "c", "d"), 8 / 255
@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory):
     model = resnet_model.resnet(len(CLASSES), 8).train()
     for _ in range(3):
         model(torch.rand(16, 3, 16, 16))
-    utils.save_checkpoint({"state_dict": model.state_dict(), "classes": list(CLASSES)}, path, False)
+    checkpoints.save({"state_dict": model.state_dict(), "classes": list(CLASSES)}, path, False)
     return path
 
 
@@ -42,7 +42,7 @@ def batch(checkpoint):
 
 
 def test_classifier_is_the_checkpoints_network(checkpoint, model, batch):
-    _, weights, arguments = training.read_network(checkpoint)
+    _, weights, arguments = checkpoints.read_network(checkpoint)
     network = resnet_model.resnet(**arguments)
     network.load_state_dict(weights)
     torch.testing.assert_close(model(batch[0]), network.eval()(batch[0]).logits, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from elsewhere import DEVICE, WAITS, only_device
 
+import checkpoints
 import data
 import pcl_training
 import pcl_training_adversarial_fgsm
@@ -13,7 +14,6 @@ import pcl_training_adversarial_pgd
 import plot_features
 import robustness
 import softmax_training
-import utils
 
 SCRIPTS = (softmax_training, pcl_training, pcl_training_adversarial_fgsm, pcl_training_adversarial_pgd)
 TINY = {
@@ -77,14 +77,12 @@ def test_training_begins_there_as_on_the_cpu_and_is_resumed(script, trained, tmp
     train(script, tmp_path / "here.pth.tar", trained[0], **one)
     with only_device(monkeypatch):
         train(script, path, trained[0], **one)
-    here, there = (
-        utils.load_checkpoint(tmp_path / f"{name}.pth.tar")["history"][0] for name in ("here", "there")
-    )
+    here, there = (checkpoints.load(tmp_path / f"{name}.pth.tar")["history"][0] for name in ("here", "there"))
     for column in ("loss", "cross_entropy", "train_accuracy"):
         assert there[column] == pytest.approx(here[column], rel=1e-3)
     with only_device(monkeypatch):
         train(script, path, trained[0], **one, epochs=2, resume=True)
-    assert len(utils.load_checkpoint(path)["history"]) == 2
+    assert len(checkpoints.load(path)["history"]) == 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoints
+import cli
 import data
 import evaluation
 import plot_features
@@ -38,13 +40,13 @@ def checkpoint(path, script, layers=(), **network):
         "state_dict": model.state_dict(),
         "criterion": centers,
     }
-    utils.save_checkpoint(state, path)
+    checkpoints.save(state, path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
     return (
         checkpoint(folder / "softmax.pth.tar", "softmax_training"),
         checkpoint(folder / "pcl.pth.tar", "pcl_training", ("layer3", "fc")),
@@ -164,15 +166,15 @@ def test_two_units_are_drawn_as_they_are(layer, width, tmp_path, dataset):
     torch.testing.assert_close(column.points["clean"].float(), features, rtol=1e-4, atol=1e-5)
     assert column.numbers["clean"]["shown"] == pytest.approx(100)
     assert torch.equal(
-        column.prototypes.float(), utils.load_checkpoint(path)["criterion"][f"proximity.{layer}.centers"]
+        column.prototypes.float(), checkpoints.load(path)["criterion"][f"proximity.{layer}.centers"]
     )
 
 
 # ---------------------------------------------------------------- features and picture
 
 
-def test_features_are_the_networks_in_the_order_of_the_split(checkpoints, dataset):
-    target = evaluation.load_target(checkpoints[0], torch.device("cpu"), dataset.classes)
+def test_features_are_the_networks_in_the_order_of_the_split(trained, dataset):
+    target = evaluation.load_target(trained[0], torch.device("cpu"), dataset.classes)
     for layer in plot_features.LAYERS:
         rows = plot_features.collect(Config(**PIXELS, layer=layer, epsilon=0.0), target, dataset.test)
         with torch.no_grad():
@@ -185,8 +187,8 @@ def test_features_are_the_networks_in_the_order_of_the_split(checkpoints, datase
 
 
 @pytest.mark.parametrize("attack", plot_features.ATTACKS)
-def test_every_attack_stays_in_its_ball_and_moves_the_features(attack, checkpoints, dataset):
-    target = evaluation.load_target(checkpoints[0], torch.device("cpu"), dataset.classes)
+def test_every_attack_stays_in_its_ball_and_moves_the_features(attack, trained, dataset):
+    target = evaluation.load_target(trained[0], torch.device("cpu"), dataset.classes)
     images, labels = data.to_float(dataset.test.images[:8]), dataset.test.labels[:8]
     config = Config(**PIXELS, attack=attack, epsilon=4 / 255)
     attacked = plot_features.choose_attack(config)(target.view, images, labels, utils.generator(0, "test"))
@@ -195,12 +197,12 @@ def test_every_attack_stays_in_its_ball_and_moves_the_features(attack, checkpoin
     assert (rows["attacked"].features != rows["clean"].features).any(1).all()
 
 
-def test_each_dot_has_the_place_and_the_colour_of_its_image(checkpoints, dataset):
+def test_each_dot_has_the_place_and_the_colour_of_its_image(trained, dataset):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     from matplotlib.colors import to_hex
 
-    config = Config(**PIXELS, checkpoints=checkpoints)
-    targets = [evaluation.load_target(path, torch.device("cpu"), dataset.classes) for path in checkpoints]
+    config = Config(**PIXELS, checkpoints=trained)
+    targets = [evaluation.load_target(path, torch.device("cpu"), dataset.classes) for path in trained]
     columns = [plot_features.make_column(config, target, dataset) for target in targets]
     again = plot_features.make_column(config, targets[1], dataset)
     assert again.numbers == columns[1].numbers and torch.equal(
@@ -225,10 +227,10 @@ def test_each_dot_has_the_place_and_the_colour_of_its_image(checkpoints, dataset
     assert both_rows[0] == both_rows[1]  # or the rows of a column could not be compared
 
 
-def test_no_text_is_cut_off_or_covered_however_many_columns(checkpoints, dataset):
+def test_no_text_is_cut_off_or_covered_however_many_columns(trained, dataset):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     config = Config(**PIXELS, layer="layer3", epsilon=0.0)
-    target = evaluation.load_target(checkpoints[1], torch.device("cpu"), dataset.classes)
+    target = evaluation.load_target(trained[1], torch.device("cpu"), dataset.classes)
     column = plot_features.make_column(config, target, dataset)
     for count in (1, 2, 4):
         figure = plot_features.draw(config, dataset, [column] * count, figure_class)
@@ -269,13 +271,11 @@ def run(*words, cwd, path=None):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_the_command_writes_picture_and_numbers(checkpoints, dataset, tmp_path, capsys):
+def test_the_command_writes_picture_and_numbers(trained, dataset, tmp_path, capsys):
     Image = pytest.importorskip("matplotlib.image")
     picture = tmp_path / "made for it" / "figure.png"
-    words = options({**PIXELS, "checkpoints": checkpoints, "picture": picture})
-    config = utils.parse_config(
-        Config, words, {"attack": plot_features.ATTACKS, "layer": plot_features.LAYERS}
-    )
+    words = options({**PIXELS, "checkpoints": trained, "picture": picture})
+    config = cli.parse_config(Config, words, {"attack": plot_features.ATTACKS, "layer": plot_features.LAYERS})
     plot_features.main(config)
     pixels = Image.imread(picture)
     height, width, _ = pixels.shape
@@ -286,20 +286,18 @@ def test_the_command_writes_picture_and_numbers(checkpoints, dataset, tmp_path, 
     assert [entry["label"] for entry in report["checkpoints"]] == ["Softmax", "PCL"]
     assert [entry["prototypes"] for entry in report["checkpoints"]] == [False, True]
     assert report["settings"]["seed"] == 0 and report["settings"]["attack"] == "pgd"
-    for path, entry in zip(checkpoints, report["checkpoints"], strict=True):
+    for path, entry in zip(trained, report["checkpoints"], strict=True):
         model = evaluation.load_target(path, torch.device("cpu"), dataset.classes).judge
         assert entry["clean"]["accuracy"] == pytest.approx(training.accuracy(model, dataset.test))
         for name in ("within", "between", "overlap"):
             assert f"{entry['attacked'][name]:.4g}" in printed
 
 
-def test_without_matplotlib_the_numbers_are_written_and_the_message_says_what_to_install(
-    checkpoints, tmp_path
-):
+def test_without_matplotlib_the_numbers_are_written_and_the_message_says_what_to_install(trained, tmp_path):
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "matplotlib.py").write_text("raise ImportError('not here')\n")
-    done = run(*options({**PIXELS, "checkpoints": checkpoints[:1]}), cwd=tmp_path, path=blocked)
+    done = run(*options({**PIXELS, "checkpoints": trained[:1]}), cwd=tmp_path, path=blocked)
     assert done.returncode == 2, done.stderr
     assert "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
     report = json.loads((tmp_path / "features.json").read_text())
@@ -307,27 +305,25 @@ def test_without_matplotlib_the_numbers_are_written_and_the_message_says_what_to
     assert not (tmp_path / "features.png").exists()
 
 
-def test_bad_options_are_refused_before_any_work(checkpoints, tmp_path, monkeypatch):
+def test_bad_options_are_refused_before_any_work(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("data were read"))
     with pytest.raises(utils.UsageError, match=r"\.png, \.pdf, \.svg"):
-        plot_features.main(Config(checkpoints=checkpoints, picture="features.json"))
+        plot_features.main(Config(checkpoints=trained, picture="features.json"))
     with pytest.raises(utils.CheckpointError, match="softmax_training"):
         plot_features.main(Config())
     with pytest.raises(utils.CheckpointError, match="no such file"):
         plot_features.main(Config(checkpoints=("nowhere.pth.tar",), device="cpu"))
     for name, value in (("attack", "cw"), ("layer", "layer4")):
         with pytest.raises(utils.UsageError, match=f"--{name}"):
-            utils.parse_config(
-                Config, [f"--{name}", value], {"attack": plot_features.ATTACKS, "layer": plot_features.LAYERS}
-            )
+            cli.parse_config(Config, [f"--{name}", value])
 
 
-def test_features_that_are_no_numbers_are_named(checkpoints, dataset, tmp_path):
-    state = utils.load_checkpoint(checkpoints[0])
+def test_features_that_are_no_numbers_are_named(trained, dataset, tmp_path):
+    state = checkpoints.load(trained[0])
     state["state_dict"]["fc.weight"] = torch.full_like(state["state_dict"]["fc.weight"], 3e38)
     path = tmp_path / "huge.pth.tar"
-    utils.save_checkpoint(state, path)
+    checkpoints.save(state, path)
     target = evaluation.load_target(path, torch.device("cpu"), dataset.classes)
-    with pytest.raises(training.DivergenceError, match=r"huge\.pth\.tar.*fc"):
+    with pytest.raises(utils.DivergenceError, match=r"huge\.pth\.tar.*fc"):
         plot_features.collect(Config(**PIXELS, epsilon=0.0), target, dataset.test)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import checkpoints
 import robustness
-import utils
 from benchmarks import soak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,16 +67,16 @@ def test_a_slice_too_short_to_begin_a_stage_in_loses_nothing(tmp_path):
     for folder in (machine, carried):
         (folder / first.parent).mkdir(parents=True)
         (folder / second.parent).mkdir()
-    utils.save_checkpoint({"finished": True, "epoch": 3}, machine / first)
-    utils.save_checkpoint({"finished": True, "epoch": 1}, carried / first)
+    checkpoints.save({"finished": True, "epoch": 3}, machine / first)
+    checkpoints.save({"finished": True, "epoch": 1}, carried / first)
     os.utime(carried / first, (0, 0))
-    utils.save_checkpoint({"finished": False, "epoch": 1}, machine / second)
+    checkpoints.save({"finished": False, "epoch": 1}, machine / second)
     os.utime(machine / second, (0, 0))
-    utils.save_checkpoint({"finished": False, "epoch": 2}, carried / second)
+    checkpoints.save({"finished": False, "epoch": 2}, carried / second)
     for stray in (machine / second.parent / "CIFAR10_PCL_depth20.csv", Path(f"{machine / second}.previous")):
         stray.write_text("not of this run")
     assert reproduce(machine, 1 / 60, carried) == "slice over; the same command goes on"
     assert sorted(path.relative_to(carried) for path in carried.rglob("*.*")) == sorted([first, second])
     for folder in (machine, carried):
-        assert utils.load_checkpoint(folder / first)["epoch"] == 3
-        assert utils.load_checkpoint(folder / second)["epoch"] == 2
+        assert checkpoints.load(folder / first)["epoch"] == 3
+        assert checkpoints.load(folder / second)["epoch"] == 2

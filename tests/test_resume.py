@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+import checkpoints
+import cli
 import pcl_training
 import pcl_training_adversarial_fgsm
 import pcl_training_adversarial_pgd
@@ -41,7 +43,7 @@ def options(script, path, stage_1=None, **more):
 def train(script, *arguments, flags=()):
     """Run a script in this process."""
     module = SCRIPTS[script]
-    module.main(utils.parse_config(module.Config, [*arguments, *flags]))
+    module.main(cli.parse_config(module.Config, [*arguments, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_a_run_stopped_after_every_batch_ends_as_one_that_was_not(script, whole,
     path, stops = tmp_path / "run.pth.tar", 0
     monkeypatch.setattr(utils, "StopSignals", lambda: StopAt(0))
     given = options(script, path, whole["softmax_training"])
-    while not (path.exists() and utils.load_checkpoint(path)["finished"]):
+    while not (path.exists() and checkpoints.load(path)["finished"]):
         with pytest.raises(utils.Interrupted) as caught:
             train(script, *given, flags=["--resume"])
         assert caught.value.exit_status == 143
@@ -135,7 +137,7 @@ def test_items_21_22_and_24_a_real_signal_to_a_real_process(signum, whole, tmp_p
     os.kill(process.pid, signum)
     status = soak.finish(process)
     assert status == (-signum if signum == signal.SIGKILL else 128 + signum), log.read_text()
-    state = utils.load_newest(path)
+    state = checkpoints.load_newest(path)
     if signum != signal.SIGKILL:
         assert "stopped at epoch" in log.read_text().splitlines()[-1] and "Traceback" not in log.read_text()
     epochs = state["epoch"] + 2
@@ -213,7 +215,7 @@ def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_pa
         time.sleep(0.02 * attempt)
         process.kill()
         assert soak.finish(process) == -signal.SIGKILL
-        assert utils.load_newest(path)["script"] == "softmax_training"
+        assert checkpoints.load_newest(path)["script"] == "softmax_training"
     train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=["--resume"])
     assert not list(tmp_path.glob("*.tmp"))  # item 18: whatever was left behind is gone
 
@@ -241,7 +243,7 @@ def test_max_minutes_saves_says_how_to_go_on_and_succeeds(whole, tmp_path):
 
 def test_a_period_in_minutes_saves_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     saved = []
-    keep = utils.save_checkpoint
+    keep = checkpoints.save
     monkeypatch.setattr(
         utils, "save_checkpoint", lambda s, *a, **k: saved.append(s["batch"]) or keep(s, *a, **k)
     )
@@ -264,14 +266,14 @@ def test_resume_with_nothing_there_begins_and_a_finished_run_is_left_alone(whole
     train("softmax_training", *given, flags=["--resume"])
     assert path.read_bytes() == before and "finished already" in capsys.readouterr().out
     train("softmax_training", *given, "--epochs", "3", flags=["--resume"])
-    state = utils.load_checkpoint(path)
+    state = checkpoints.load(path)
     assert state["epoch"] == 3 and len(state["history"]) == 3
 
 
 def test_item_24_killed_right_after_its_end_a_run_is_tidied_up_by_the_next(tmp_path):
     path = tmp_path / "run.pth.tar"
     train("softmax_training", *options("softmax_training", path, epochs=1))
-    content, previous = path.read_bytes(), utils.previous_of(path)
+    content, previous = path.read_bytes(), checkpoints.previous_of(path)
     previous.write_bytes(content)
     train("softmax_training", *options("softmax_training", path, epochs=1), "--resume")
     assert not previous.exists() and path.read_bytes() == content
@@ -303,10 +305,10 @@ def test_item_15_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(whole, 
 
 def test_the_good_checkpoint_before_outlives_a_corrupt_one(tmp_path):
     path = stopped(tmp_path / "run.pth.tar")
-    previous = utils.previous_of(path)
+    previous = checkpoints.previous_of(path)
     path.write_bytes(b"PK damaged")
     good = previous.read_bytes()
-    utils.save_checkpoint(utils.load_checkpoint(previous), path)
+    checkpoints.save(checkpoints.load(previous), path)
     assert previous.read_bytes() == good
 
 
@@ -316,7 +318,7 @@ def test_a_run_that_starts_anew_never_falls_back_to_the_old_one(tmp_path):
         patch.setattr(utils, "StopSignals", lambda: StopAt(0))
         with pytest.raises(utils.Interrupted):
             train("softmax_training", *options("softmax_training", path), "--overwrite")
-    assert not utils.previous_of(path).exists() and utils.load_checkpoint(path)["config"]["seed"] == 0
+    assert not checkpoints.previous_of(path).exists() and checkpoints.load(path)["config"]["seed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_item_46_the_run_of_another_script_is_refused(whole, tmp_path):
 def test_a_run_of_format_1_goes_on(whole, tmp_path):
     """Format 1 held neither the log nor the precision, and described data without their labels."""
     path = stopped(tmp_path / "run.pth.tar")
-    state = utils.load_checkpoint(path)
+    state = checkpoints.load(path)
     del state["log"], state["precision"]
     state["data"] = {k: v[:2] if isinstance(v, list) else v for k, v in state["data"].items()}
     torch.save({**state, "format": 1}, path)
@@ -364,9 +366,9 @@ def test_a_run_of_format_1_goes_on(whole, tmp_path):
 @pytest.mark.parametrize("lacking", ["state_dict", "history", "sums", "epoch", "config", "data", "scheduler"])
 def test_a_checkpoint_without_a_part_is_refused(lacking, tmp_path):
     path = stopped(tmp_path / "run.pth.tar")
-    state = utils.load_checkpoint(path)
+    state = checkpoints.load(path)
     torch.save({k: v for k, v in state.items() if k != lacking}, path)
-    utils.previous_of(path).unlink(missing_ok=True)
+    checkpoints.previous_of(path).unlink(missing_ok=True)
     with pytest.raises(utils.CheckpointError, match=lacking):
         train("softmax_training", *options("softmax_training", path), flags=["--resume"])
 

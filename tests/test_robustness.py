@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
+import cli
 import data
 import evaluation
+import prototype_conformity
 import reports
 import robustness
 import suite
-import training
 import utils
 from resnet_model import resnet
 
@@ -45,7 +47,7 @@ def save(path, script, seed, split):
     """A checkpoint as the scripts write it, of a network that a few steps have taught the four colours."""
     torch.manual_seed(seed)
     model, weights = resnet(4, 8), (1.0, 1e-4)
-    criterion = training.PrototypeConformityLoss(4, {"layer3": 64, "fc": 1024}, *weights)
+    criterion = prototype_conformity.PrototypeConformityLoss(4, {"layer3": 64, "fc": 1024}, *weights)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     images = data.to_float(split.images)
     for _ in range(25):
@@ -57,7 +59,7 @@ def save(path, script, seed, split):
         criterion.init_class_means(model.eval(), split)
         state["config"] = {"weight_prox": 1.0, "weight_conprox": 1e-4, "distance": "squared"}
         state["criterion"] = criterion.state_dict()
-    utils.save_checkpoint(state, path, keep_previous=False)
+    checkpoints.save(state, path, keep_previous=False)
 
 
 def config_of(root, results, checkpoints=("softmax", "pcl"), **changes):
@@ -348,7 +350,7 @@ def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
 def test_senseless_options_are_refused_before_any_work(changes, words, tmp_path):
     config = dataclasses.replace(config_of("nowhere", tmp_path / "new" / "r.json"), **changes)
     with pytest.raises(utils.UsageError, match=words):
-        utils.validate(config)
+        cli.validate(config)
         robustness.main(config)
     assert not (tmp_path / "new").exists()
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import data
+import prototype_conformity
 import softmax_training
 import training
 import utils
@@ -40,7 +42,7 @@ def run_of(dataset, model, tmp_path, adversary=None, criterion=None, lr=0.1, **m
 @pytest.mark.parametrize(("pull", "push"), [(1.0, 1e-4), (0.0, 1e-4), (0.3, 0.0), (0.0, 0.0)])
 def test_the_joint_loss_is_the_sum_of_its_terms(model, layers, pull, push):
     widths = {layer: model.feat_dims[layer] for layer in layers}
-    criterion = training.PrototypeConformityLoss(10, widths, pull, push)
+    criterion = prototype_conformity.PrototypeConformityLoss(10, widths, pull, push)
     outputs, labels = model(torch.rand(4, 3, 16, 16)), torch.tensor([1, 3, 3, 9])
     loss, parts = criterion(outputs, labels)
     expected = F.cross_entropy(outputs.logits, labels)
@@ -57,7 +59,7 @@ def test_the_joint_loss_is_the_sum_of_its_terms(model, layers, pull, push):
 
 def test_one_step_of_the_prototypes_is_the_released_one(model):
     """Released: the gradient divided by the loss weight, then plain SGD at lr_prox and lr_conprox."""
-    criterion = training.PrototypeConformityLoss(10, {"fc": 1024}, 0.7, 1e-3)
+    criterion = prototype_conformity.PrototypeConformityLoss(10, {"fc": 1024}, 0.7, 1e-3)
     before = copy.deepcopy(criterion)
     features, labels = torch.randn(6, 1024), torch.tensor([0, 1, 1, 2, 5, 9])
     outputs = model(torch.rand(6, 3, 8, 8))._replace(fc=features)
@@ -73,7 +75,9 @@ def test_one_step_of_the_prototypes_is_the_released_one(model):
 
 
 def test_shared_prototypes_are_one_parameter_in_one_group():
-    criterion = training.PrototypeConformityLoss(10, {"fc": 8, "layer3": 4}, 1.0, 0.1, shared=True)
+    criterion = prototype_conformity.PrototypeConformityLoss(
+        10, {"fc": 8, "layer3": 4}, 1.0, 0.1, shared=True
+    )
     assert criterion.contrastive["fc"].centers is criterion.proximity["fc"].centers
     (group,) = criterion.param_groups(0.5, 1e-4)
     assert len(group["params"]) == 2 and group["lr"] == 0.5
@@ -83,7 +87,7 @@ def test_item_35_modes_are_restored_module_by_module(model):
     model.train()
     model.layer2.eval()
     modes = [module.training for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), training.evaluating(model):
+    with pytest.raises(ZeroDivisionError), utils.evaluating(model):
         assert not any(module.training for module in model.modules())
         raise ZeroDivisionError
     assert [module.training for module in model.modules()] == modes
@@ -106,7 +110,7 @@ def test_what_is_compiled(name, device, compiler, expected, monkeypatch):
 
 def test_the_step_and_the_attack_are_one_graph_each(dataset, model, tmp_path):
     """Nothing in them breaks the graph, or a GPU would have to wait for Python in the middle."""
-    criterion = training.PrototypeConformityLoss(10, {"fc": 1024}, 1.0, 1e-4)
+    criterion = prototype_conformity.PrototypeConformityLoss(10, {"fc": 1024}, 1.0, 1e-4)
     run = run_of(dataset, model, tmp_path, lambda *_: None, criterion, precision="bfloat16")
     whole = functools.partial(torch.compile, backend="eager", fullgraph=True, dynamic=False)
     images, labels = data.to_float(dataset.train.images), dataset.train.labels
@@ -160,7 +164,9 @@ def test_another_weight_of_the_loss_is_no_other_graph():
 
     outputs, labels = Outputs(*torch.randn(3, 4, 8), torch.randn(4, 10)), torch.arange(4)
     for weight in (1.0, 0.1, 0.01):
-        criterion = training.PrototypeConformityLoss(10, {"layer3": 8, "fc": 8}, weight, weight / 10)
+        criterion = prototype_conformity.PrototypeConformityLoss(
+            10, {"layer3": 8, "fc": 8}, weight, weight / 10
+        )
         loss, _ = torch.compile(criterion.forward, backend=counting, fullgraph=True)(outputs, labels)
         torch.testing.assert_close(loss, criterion(outputs, labels)[0])
     assert len(graphs) == 1
@@ -231,7 +237,7 @@ def test_the_schedule_and_the_rows(dataset, model, tmp_path):
     assert [row["lr"] for row in run.history] == pytest.approx([0.1, 0.01, 0.01])
     assert [row["test_accuracy"] is None for row in run.history] == [True, False, False]
     assert [row["epoch"] for row in run.history] == [1, 2, 3]
-    state = utils.load_checkpoint(tmp_path / "run.pth.tar")
+    state = checkpoints.load(tmp_path / "run.pth.tar")
     assert state["finished"] and state["history"] == run.history
     lines = (tmp_path / "run.log").read_text().splitlines()
     assert lines == state["log"] and len(lines) == 5

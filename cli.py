@@ -1,0 +1,371 @@
+"""A Config dataclass as a command line, and the exit status of a script.
+
+A script declares its options as a frozen dataclass with fields `name: type = value  # reason`. The
+type says which values are allowed: `lr: Positive`, `precision: Literal["auto", "float32"]`.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import errno
+import inspect
+import os
+import re
+import sys
+import traceback
+import types
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from utils import UsageError, silence_stdout
+
+TORCH_FLOOR = (2, 10)  # as in requirements.txt
+FILE_SYSTEM_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
+
+
+# ---------------------------------------------------------------- types of options
+
+
+class Allowed(NamedTuple):
+    """What a value must satisfy, as a test and in words that follow the option's name."""
+
+    test: object
+    words: str
+
+
+Count = Annotated[int, Allowed(lambda v: v >= 1, "is a whole number from 1 up")]
+Whole = Annotated[int, Allowed(lambda v: v >= 0, "is a whole number from 0 up")]
+Seed = Annotated[int, Allowed(lambda v: 0 <= v < 2**63, "is a whole number from 0 to 2^63 - 1")]
+Positive = Annotated[float, Allowed(lambda v: v > 0, "is a number above 0")]
+NotNegative = Annotated[float, Allowed(lambda v: v >= 0, "is a number from 0 up")]
+Momentum = Annotated[float, Allowed(lambda v: 0 <= v < 1, "lies in [0, 1)")]
+Epsilon = Annotated[float, Allowed(lambda v: 0 <= v <= 1, "lies in [0, 1]; 8/255?")]
+StepSize = Annotated[float, Allowed(lambda v: 0 < v <= 1, "lies in (0, 1]; 2/255?")]
+Depth = Annotated[int, Allowed(lambda v: v >= 8 and v % 6 == 2, "is 6n + 2: 8, 14, 20, ... 110")]
+Milestones = Annotated[
+    tuple[int, ...],
+    Allowed(
+        lambda v: all(a < b for a, b in zip((0, *v), v, strict=False)), "are epochs from 1 up in rising order"
+    ),
+]
+Layers = Annotated[
+    tuple[Literal["layer2", "layer3", "fc"], ...],
+    Allowed(
+        lambda v: len(v) == len(set(v)) > 0, "are one or more of the network's features, each named once"
+    ),
+]
+JsonFile = Annotated[str, Allowed(lambda v: v.endswith(".json"), "names a .json file; tables lie beside it")]
+
+
+# ---------------------------------------------------------------- running a script
+
+
+def run(main, config_class):
+    """Parse the command line into `config_class`, call `main`, and leave with the exit status of the fault.
+
+    Errors become one line on stderr; `--debug` shows the traceback as well.
+    """
+
+    def command(argv):
+        config = parse_config(config_class, argv)
+        keep_freed_memory()
+        try:
+            main(config)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            size = getattr(config, "batch_size", None)
+            used = f" with --batch-size {size}" if size else ""
+            smaller = "no smaller one is possible" if size == 1 else f"try --batch-size {(size or 100) // 2}"
+            raise UsageError(f"out of memory on the device{used}; {smaller}") from error
+
+    leave_with_status(command)
+
+
+def keep_freed_memory():
+    """Have glibc keep memory that was freed: to take it anew costs a CPU up to a fifth of a training step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: allocate nothing by mmap, which free would undo
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def leave_with_status(command):
+    """Call `command(argv)` and end the process: status 0, or one line and the status of the fault."""
+    _mend_streams()
+    debug = "--debug" in sys.argv
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    message = ""
+    try:
+        check_versions()
+        command(argv)
+        status = 0
+    except SystemExit as end:  # --help
+        status = end.code
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except Exception as error:
+        status, message = describe_error(error)
+        if debug:
+            traceback.print_exc()
+    if status and message:
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
+    sys.exit(status)
+
+
+def _mend_streams():
+    """Replace closed streams by /dev/null, and write letters that the locale lacks as question marks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the next file opened would take its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
+
+
+def describe_error(error):
+    """Return (exit status, one line) for an exception."""
+    text = " ".join(str(error).split())
+    status = getattr(error, "exit_status", None)
+    if status is not None:
+        return status, text
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM_ERRORS:
+        return 6, f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
+    return 1, f"internal error, {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+
+
+def _is_out_of_memory(error):
+    """Whether memory ran out. A GPU raises a class of its own; a CPU a RuntimeError that says it in words."""
+    return not isinstance(error, RuntimeError) or any(
+        words in str(error)
+        for words in ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    )
+
+
+def check_versions():
+    """Raise UsageError when torch is older than the floor in requirements.txt."""
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        raise UsageError(f"torch {torch.__version__} is too old: pip install 'torch>={floor}'")
+
+
+# ---------------------------------------------------------------- parsing
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def parse_config(config_class, argv):
+    """Turn a frozen dataclass into a command line and return an instance with the values of `argv`.
+
+    `batch_size` is `--batch-size`; a field's trailing comment is its help, the comment line above a group its
+    heading. Floats take fractions, booleans are flags, tuples take several values, `none` is None.
+    Raises UsageError for a bad value, typed or edited into the script.
+    """
+    parser = Parser(
+        description=sys.modules[config_class.__module__].__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hints, comments, groups = (
+        get_type_hints(config_class, include_extras=True),
+        field_comments(config_class),
+        {},
+    )
+    for field in dataclasses.fields(config_class):
+        heading, written, comment = comments.get(field.name, ("", "", ""))
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        hint = hints[field.name]
+        if any(str(name) not in comment for name in choices_of(hint)):
+            comment = "; ".join(filter(None, (comment, f"of {', '.join(choices_of(hint))}")))
+        default = written.replace(" ", "") if isinstance(field.default, float) else _text(field.default)
+        default = "none" if field.default in (None, ()) else default
+        _add_option(groups[heading], field, hint, f"{comment} [{default}]".strip())
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(unknown_name("option", unknown[0].split("=")[0], options))
+    config = config_class(**vars(values))
+    validate(config)
+    return config
+
+
+def field_comments(config_class):
+    """Map each field to (heading of its group, its default as written, its trailing comment).
+
+    A field that a script sets again keeps the group, and without a comment the comment, that it inherits.
+    """
+    found = {}
+    for base in reversed([base for base in config_class.__mro__ if dataclasses.is_dataclass(base)]):
+        heading = ""
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    # (.+)", line):
+                heading = match[1]
+            elif match := re.match(r"    (\w+): .*? = (.*?)(?:  # (.*))?$", line):
+                name, written, comment = match.groups()
+                group, _, inherited = found.get(name, (heading, "", ""))
+                found[name] = group, written, comment or inherited
+    return found
+
+
+def _add_option(group, field, hint, help_text):
+    option = "--" + field.name.replace("_", "-")
+    common = {"dest": field.name, "default": field.default, "help": help_text.replace("%", "%%")}
+    kind, optional = _kind(hint)
+    if kind is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+    elif get_origin(kind) is tuple:
+        convert = _converter(option, get_args(kind)[0], optional=False)
+        group.add_argument(option, nargs="*", type=convert, action=_ToTuple, metavar="V", **common)
+    else:
+        group.add_argument(option, type=_converter(option, hint, optional), metavar="V", **common)
+
+
+class _ToTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _converter(option, hint, optional):
+    """The function that turns the text of an option into a value of type `hint`."""
+    kind = _kind(hint)[0]
+
+    def convert(text):
+        if optional and text.lower() == "none":
+            return None
+        try:
+            return fraction(text) if kind is float else int(text) if kind is int else text
+        except (ValueError, OverflowError):
+            words = words_of(hint) or f"is a {'number' if kind is float else 'whole number'}"
+            raise UsageError(f"{option} {text}: {option[2:].replace('-', '_')} {words}") from None
+
+    return convert
+
+
+def fraction(text):
+    """Return the float that `8/255` or `0.03` means; ValueError for anything else."""
+    numerator, slash, denominator = text.partition("/")
+    if not slash:
+        return float(text)
+    if float(denominator) == 0:
+        raise ValueError("division by zero")
+    return float(numerator) / float(denominator)
+
+
+# ---------------------------------------------------------------- checking values
+
+
+def _parts(hint):
+    """(a type without None and Annotated, whether None is allowed, the conditions on it)."""
+    if get_origin(hint) in (Union, types.UnionType):
+        kind, _, conditions = _parts(get_args(hint)[0])
+        return kind, True, conditions
+    if get_origin(hint) is Annotated:
+        kind, *conditions = get_args(hint)
+        return kind, False, conditions
+    return hint, False, []
+
+
+def _kind(hint):
+    return _parts(hint)[:2]
+
+
+def words_of(hint):
+    """What is allowed for a type, in words; empty where everything of the type is."""
+    return next((condition.words for condition in _parts(hint)[2]), "")
+
+
+def choices_of(hint):
+    """The names that a type of names allows; empty for other types."""
+    kind = _kind(hint)[0]
+    if get_origin(kind) is tuple:
+        kind = _kind(get_args(kind)[0])[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def validate(config):
+    """Raise UsageError for the first value of `config` that is of the wrong type or out of bounds.
+
+    Of two fields `x_min` and `x_max` the first must not be above the second. A method `check` of the Config may
+    refuse values that make no sense together.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        _check(field.name, getattr(config, field.name), hints[field.name])
+    for low in (name for name in hints if name.endswith("_min")):
+        high = low.removesuffix("_min") + "_max"
+        if getattr(config, low) > getattr(config, high):
+            values = getattr(config, low), getattr(config, high)
+            raise UsageError(f"{_option(low)} {values[0]} is above {_option(high)} {values[1]}")
+    getattr(config, "check", bool)()
+
+
+def _option(name):
+    return "--" + name.replace("_", "-")
+
+
+def _check(name, value, hint):
+    kind, optional, conditions = _parts(hint)
+    if value is None and optional:
+        return
+    where = f"{_option(name)} {_text(value)}"
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(unknown_name(_option(name), value, get_args(kind)))
+    elif not _is_a(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else kind
+        raise UsageError(f"{where}: {name} is of type {wanted}, not {type(value).__name__}")
+    if isinstance(value, tuple):
+        for part in value:
+            _check(name, part, get_args(kind)[0])
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise UsageError(f"{where}: {name} is a text, not empty and without a zero byte")
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        words = words_of(hint) or "is a finite number below 2^63 in size"
+        raise UsageError(f"{where}: {name} {words}")
+    for condition in conditions:
+        if not condition.test(value):
+            raise UsageError(f"{where}: {name} {condition.words}")
+
+
+def _is_a(value, kind):
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
+
+
+def _text(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def unknown_name(what, name, valid):
+    """One line for a name that is not in `valid`: lists them and points at the nearest."""
+    near = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{what} {name}: there is no such; valid: {', '.join(map(str, valid))}{hint}"
+
+
+def config_dict(config):
+    """The settings as plain Python that a checkpoint and JSON can hold."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def script_name(config):
+    """The name of the script that a Config was written in."""
+    return Path(inspect.getfile(type(config))).stem

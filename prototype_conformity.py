@@ -1,0 +1,141 @@
+"""The joint loss: cross-entropy and, on each supervised feature, the pull and the push of the PCL."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import utils
+from contrastive_proximity import ContrastiveProximity
+from proximity import Proximity
+
+MEANS_BATCH = 1000  # images at a time when class means are taken
+
+
+class PrototypeConformityLoss(nn.Module):
+    """Cross-entropy + the sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5 and 9).
+
+    feat_dims: the supervised features, shallow to deep: fields of the network's outputs, and their widths.
+    weight_prox, weight_conprox: from 0 up; 0 switches the term off.
+    squared, shared, separation: squared distances, the same prototypes for pull and push, and prototypes that
+        repel each other. The defaults are as released; `squared=False, shared=True, separation=True` is Eq. 5
+        as printed.
+    Any network will do whose outputs have the named features, N x width, and `logits`, N x num_classes.
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        feat_dims,
+        weight_prox,
+        weight_conprox,
+        *,
+        squared=True,
+        shared=False,
+        separation=False,
+    ):
+        super().__init__()
+        self.weight_prox, self.weight_conprox = weight_prox, weight_conprox
+        # A buffer: numbers would be constants of a compiled step, and another weight would compile it anew.
+        self.register_buffer("weights", torch.tensor([weight_prox, weight_conprox]).float(), persistent=False)
+        self.proximity, self.contrastive = nn.ModuleDict(), nn.ModuleDict()
+        for layer, width in feat_dims.items():
+            if weight_prox:
+                self.proximity[layer] = Proximity(num_classes, width, squared=squared)
+            if weight_conprox:
+                self.contrastive[layer] = ContrastiveProximity(
+                    num_classes, width, squared=squared, separation=separation
+                )
+            if shared and weight_prox and weight_conprox:
+                self.contrastive[layer].centers = self.proximity[layer].centers
+        self.terms = ("cross_entropy",)
+        self.terms += ("proximity",) if weight_prox else ()
+        self.terms += ("contrastive",) if weight_conprox else ()
+
+    def forward(self, outputs, labels):
+        """Return (loss, its terms before weighting, detached), means over the N images of a batch."""
+        loss = F.cross_entropy(outputs.logits.float(), labels)
+        parts = {"cross_entropy": loss.detach()}
+        if self.proximity:
+            pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())
+            loss = loss + self.weights[0] * pull
+            parts["proximity"] = pull.detach()
+        if self.contrastive:
+            push = sum(term(getattr(outputs, layer), labels) for layer, term in self.contrastive.items())
+            loss = loss - self.weights[1] * push
+            parts["contrastive"] = push.detach()
+        return loss, parts
+
+    def per_image(self, outputs, labels):
+        """The joint loss of each image, (N,), without the term between prototypes: no image changes that."""
+        loss = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+        for layer, term in self.proximity.items():
+            distances = term.distances(getattr(outputs, layer).float())
+            loss = loss + self.weight_prox * distances.gather(1, labels[:, None])[:, 0]
+        for layer, term in self.contrastive.items():
+            distances = term.distances(getattr(outputs, layer).float())
+            others = distances.scatter(1, labels[:, None], 0.0).sum(1) / (len(term.centers) - 1)
+            loss = loss - self.weight_conprox * others
+        return loss
+
+    def nearest(self, outputs):
+        """Minus the distance of the deepest pulled feature to each prototype (Eq. 6), N x num_classes.
+
+        Their argmax is the class of the nearest prototype. Needs a pull.
+        """
+        layer, term = list(self.proximity.items())[-1]
+        return -term.distances(getattr(outputs, layer).float())
+
+    def param_groups(self, lr_prox, lr_conprox):
+        """Return the prototypes' optimiser groups: plain SGD on the unweighted terms.
+
+        The released scripts divide a prototype's gradient by its loss weight before the step; for SGD without
+        momentum that is a learning rate divided by the weight. Shared prototypes are in the pull's group.
+        """
+        pull = list(self.proximity.parameters())
+        push = [p for p in self.contrastive.parameters() if not any(p is other for other in pull)]
+        groups = [(pull, lr_prox, self.weight_prox), (push, lr_conprox, self.weight_conprox)]
+        return [
+            {"params": params, "lr": lr / weight, "momentum": 0.0, "weight_decay": 0.0}
+            for params, lr, weight in groups
+            if params
+        ]
+
+    @torch.no_grad()
+    def init_class_means(self, model, split):
+        """Move every prototype to the mean of its class's features on `split`, the model in eval mode.
+
+        The prototype of a class without images stays as it was drawn.
+        """
+        terms = [*self.proximity.items(), *self.contrastive.items()]
+        if not terms:
+            return
+        sums = {layer: torch.zeros_like(term.centers) for layer, term in terms}
+        with utils.evaluating(model):
+            for _, images, labels in data.epoch_batches(split, MEANS_BATCH):
+                outputs = model(data.to_float(images))
+                for layer, total in sums.items():
+                    total.index_add_(0, labels, getattr(outputs, layer).float())
+        counts = torch.bincount(split.labels, minlength=len(terms[0][1].centers))[:, None]
+        for layer, term in terms:
+            term.centers.copy_(torch.where(counts > 0, sums[layer] / counts, term.centers))
+
+
+def from_checkpoint(state, config):
+    """The frozen joint loss that a checkpoint was trained with; None where it was trained without prototypes.
+
+    state: the loss's state_dict. config: the settings of the training.
+    """
+    centers = {key: value for key, value in state.items() if key.endswith(".centers")}
+    if not centers or "weight_prox" not in config:
+        return None
+    criterion = PrototypeConformityLoss(
+        len(next(iter(centers.values()))),
+        {key.split(".")[1]: value.shape[1] for key, value in centers.items()},
+        config["weight_prox"],
+        config["weight_conprox"],
+        squared=config.get("distance", "squared") == "squared",
+        shared=config.get("shared_prototypes", False),
+    )
+    criterion.load_state_dict(state)
+    return criterion.requires_grad_(False).eval()
