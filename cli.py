@@ -302,8 +302,8 @@ def choices_of(hint):
 def validate(config):
     """Raise UsageError for the first value of `config` that is of the wrong type or out of bounds.
 
-    Of two fields `x_min` and `x_max` the first must not be above the second. A method `check` of the Config may
-    refuse values that make no sense together.
+    Of two fields `x_min` and `x_max` the first must not be above the second. A method `check` of the Config
+    may refuse values that make no sense together.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):

@@ -58,7 +58,7 @@ class Config:
     attacks: Attacks = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
     epsilon: Epsilon = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
     num_steps: Count = 10  # of BIM, MIM, PGD on any loss, and transfer
-    step_size: StepSize | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
+    step_size: StepSize | None = None  # none: as released, 2/255 for PGD, else epsilon / num_steps
     random_start: bool = False  # PGD from a random point of the ball; the released evaluation does not
     restarts: Count = 1  # of PGD with random_start, and of APGD; an image counts by its worst
     decay: NotNegative = 1.0  # of MIM's momentum
@@ -66,9 +66,7 @@ class Config:
     num_queries: Count = 5000  # of Square, for each image
     cw_steps: Count = 1000  # of C&W; paper: 1000
     cw_lr: Positive = 0.01  # of C&W's Adam; paper: 0.01
-    predict: Literal["softmax", "prototype"] = (
-        "softmax"  # the largest logit, or the nearest prototype (Eq. 6)
-    )
+    predict: Literal["softmax", "prototype"] = "softmax"  # largest logit, or nearest prototype (Eq. 6)
     # more than the table
     sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
     sanity_images: Count = 200  # for the checks of --sanity, class-balanced

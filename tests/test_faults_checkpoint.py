@@ -204,10 +204,6 @@ def test_item_14_a_newer_format_says_so(tmp_path):
     assert f"format {checkpoints.FORMAT + 1} is newer" in message(path)
 
 
-def test_every_older_format_has_a_migration():
-    assert sorted(utils.MIGRATIONS) == list(range(1, checkpoints.FORMAT))
-
-
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text"])
 def test_something_else_than_a_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth.tar")
