@@ -70,9 +70,7 @@ class Config:
     # more than the table
     sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
     sanity_images: Count = 200  # for the checks of --sanity, class-balanced
-    epsilons: tuple[
-        Epsilon, ...
-    ] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255 16/255
+    epsilons: tuple[Epsilon, ...] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255
     step_counts: tuple[Count, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
     curve_attacks: CurveAttacks = ("pgd", "pgd-margin")  # the attacks that these curves are drawn for
     save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
