@@ -255,6 +255,7 @@ def generator_at(seed, start):
 
 def try_block(target, trial, images, labels, generator, outcome):
     """Attack one block, check and judge the result, extend `outcome` by it and return the images."""
+    attacks.check_pixels(images)
     zeros, attacked = attacks.ZeroGradients(), images
     if trial.attack is not None:
         attacked = trial.attack(target, images, labels, generator, zeros)

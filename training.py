@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import attacks
 import checkpoints
 import cli
 import data
@@ -342,7 +341,7 @@ class Run:
         _, view = self.losses_and_view(len(labels))
         generator = utils.generator(self.config.seed, "attack", self.epoch, index)
         self.view.refresh()
-        with self.autocast(), attacks.trusting():  # `to_float` made the images
+        with self.autocast():
             attacked = self.adversary(view, images, labels, generator)
         return attacked.contiguous(memory_format=torch.channels_last)
 

@@ -154,6 +154,15 @@ def test_what_no_attack_changes_must_stay():
         finish(target_of(network()), split_of(8), returning(lambda images: (images + 1e-3).clamp(0, 1), 0.0))
 
 
+def test_item_29_pixels_out_of_range_are_refused_with_their_range():
+    images, labels = torch.linspace(-0.5, 1.5, 192).view(1, 3, 8, 8), torch.zeros(1, dtype=torch.long)
+    for spoiled, observed in ((images, r"\[-0.5, 1.5\]"), (images * torch.nan, "nan")):
+        with pytest.raises(ValueError, match=observed):
+            evaluation.try_block(
+                target_of(network()), suite.clean(), spoiled, labels, None, evaluation.Outcome()
+            )
+
+
 def test_unbounded_attacks_count_for_worst_only_within_epsilon():
     """Black images fool at a distance of their own: the column counts them, Worst only within epsilon."""
     net, split = network(), split_of(40)
