@@ -19,7 +19,6 @@ import checkpoints
 import cli
 import data
 import prototype_conformity
-import training
 import utils
 from prototype_conformity import PrototypeConformityLoss
 from resnet_model import folded, resnet
@@ -355,7 +354,7 @@ def fingerprint(config, dataset, targets, source=None):
         **{name: value for name, value in settings.items() if name not in FREE_ON_RESUME},
         "checkpoints": [target.sha256 for target in targets],
         "source_checkpoint": source.sha256 if source else None,
-        "data": training.describe(dataset),
+        "data": dataset.describe(),
     }
 
 

@@ -23,7 +23,6 @@ import checkpoints
 import cli
 import data
 import evaluation
-import training
 import utils
 from cli import Count, Epsilon, NotNegative, Seed, StepSize
 from robustness import checkpoints_of
@@ -289,7 +288,7 @@ def to_json(config: Config, dataset: data.Dataset, columns: list[Column]) -> str
     ]
     report = {
         "settings": cli.config_dict(config),
-        "data": training.describe(dataset),
+        "data": dataset.describe(),
         "classes": list(dataset.classes),
         "checkpoints": checkpoints,
         "versions": utils.versions(),

@@ -11,7 +11,6 @@ import torch
 
 import cli
 import data
-import training
 import utils
 from suite import CLEAN, in_255ths
 
@@ -244,7 +243,7 @@ def to_json(config, dataset, targets, trials, progress, **more):
     """Everything a reader needs to repeat or check the table, as JSON text; `more` adds entries."""
     report = {
         "settings": cli.config_dict(config),
-        "data": training.describe(dataset),
+        "data": dataset.describe(),
         "classes": list(dataset.classes),
         "checkpoints": [_entry(dataset, t, trials, progress) for t in targets],
         **more,

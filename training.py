@@ -219,7 +219,7 @@ class Run:
     def open(self):
         """Prove that outputs can be written, resume if asked; return False when nothing is left to do."""
         config, path = self.config, Path(self.config.save_to)
-        self.data = describe(self.dataset)
+        self.data = self.dataset.describe()
         for output in (path, self.log_path, self.log_path.with_suffix(".csv")):
             utils.prepare_output(output)
         if resumes(config):
@@ -496,20 +496,6 @@ class Run:
 def log_path_of(config):
     """Where a run's log lies: its metrics lie beside it."""
     return Path(config.log_to or config.save_to.removesuffix(".tar").removesuffix(".pth") + ".log")
-
-
-def describe(dataset):
-    """What tells one data set from another: name and, of each split, size and sums of pixels and labels."""
-    return {"name": dataset.name} | {
-        name: [len(split), int(split.images.sum(dtype=torch.int64)), _label_sum(split.labels)]
-        for name, split in (("train", dataset.train), ("test", dataset.test))
-        if split is not None
-    }
-
-
-def _label_sum(labels):
-    """A number that changes with the labels and with their order."""
-    return int((labels * torch.arange(1, len(labels) + 1, device=labels.device)).sum())
 
 
 def same_data(before, now):

@@ -385,9 +385,9 @@ def test_the_log_of_a_killed_run_has_each_epoch_once(whole, tmp_path):
 
 def test_labels_are_part_of_the_data():
     dataset = training.data.load("synthetic", "data", limit=12)
-    described = training.describe(dataset)
+    described = dataset.describe()
     swapped = dataset.train.labels.clone()
     swapped[0], swapped[1] = dataset.train.labels[1], dataset.train.labels[0]
     split = training.data.Split(dataset.train.images, swapped)
-    other = training.describe(training.data.Dataset(dataset.name, dataset.classes, split, dataset.test))
+    other = training.data.Dataset(dataset.name, dataset.classes, split, dataset.test).describe()
     assert training.same_data(described, described) and not training.same_data(described, other)
