@@ -29,17 +29,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from torchvision.datasets.utils import download_and_extract_archive
 
 import utils
+from utils import DataError
 
 SPLITS = ("train", "test")
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-
-
-class DataError(utils.Fault):
-    """Data that cannot be used."""
-
-    exit_status = 3
 
 
 @dataclass(frozen=True)
