@@ -220,13 +220,19 @@ def test_the_gpu_gives_what_the_cpu_gives(name):
 
 @gradient_attacks
 def test_a_trace_sees_every_step_and_changes_nothing(name):
-    net, steps = small_net(), []
+    net, steps, gradients = small_net(), [], []
     images, labels = right_batch(net)
-    trace = lambda step, gradient: steps.append(step)  # noqa: E731
+
+    def trace(step, gradient):
+        steps.append(step)
+        gradients.append(gradient)
+
     result = ATTACKS[name](net, images, labels, 0.1, trace=trace)
     assert torch.equal(result, ATTACKS[name](net, images, labels, 0.1))
     one = {"fgsm": 1, "apgd": 6, "apgd-dlr": 6}.get(name, 10)  # APGD's five, and its start
     assert steps == [*range(one)] * (2 if name in ("pgd-random", "apgd-dlr") else 1)
+    ATTACKS[name](net, images[:1], labels[:1], 0.1, trace=trace)  # the loss is summed, not averaged
+    torch.testing.assert_close(gradients[0][:1], gradients[len(gradients) // 2])
 
 
 @all_attacks
