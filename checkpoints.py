@@ -1,8 +1,8 @@
-"""Checkpoints: one file format, read without running code, written so that the old file outlives any failure.
+"""Checkpoints: one file format, read without running code, written so that no failure harms the old file.
 
     python checkpoints.py export CHECKPOINT PATH
 
-writes the weights and prototypes alone, to hand on; a PATH that ends in .safetensors is of that format.
+writes the weights and prototypes alone, to pass on to others. Name a PATH with .safetensors for that format.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import warnings
 import zipfile
 from pathlib import Path
@@ -23,7 +24,7 @@ from resnet_model import clean_state_dict, network_of
 from utils import CheckpointError, Fault, FileSystemError, UsageError
 
 FORMAT = 2  # version of the checkpoint's layout
-SCRIPTS = {  # what makes a checkpoint of this name
+SCRIPTS = {  # the script that makes a checkpoint of this name
     "CIFAR10_Softmax": "softmax_training.py",
     "CIFAR10_PCL": "pcl_training.py",
     "CIFAR10_PCL_AdvTrain_FGSM": "pcl_training_adversarial_fgsm.py",
@@ -45,14 +46,14 @@ def previous_of(path):
 
 
 def exists(path):
-    """Whether there is a run to go on with at `path`: its checkpoint, or the one kept before it."""
+    """Whether there is a run at `path` to resume: its checkpoint, or the one kept before it."""
     return Path(path).exists() or previous_of(path).exists()
 
 
 def save(state, path, keep_previous=True):
-    """Write `state` (tensors, plain Python) to `path` atomically, proven readable before it takes the name.
+    """Write `state` (tensors, plain Python) to `path` atomically, after a check of what reached the disk.
 
-    While a run is under way the checkpoint before is kept as `PATH.previous`; `keep_previous=False` drops it.
+    During a run the checkpoint before is kept as `PATH.previous`; `keep_previous=False` removes it.
     """
     path, previous = Path(path), previous_of(path)
     content = io.BytesIO()
@@ -73,7 +74,7 @@ def drop_previous(path):
 
 
 def _is_whole(path):
-    """Whether the checkpoint is worth keeping: a damaged one must not push out the good one before it."""
+    """Whether a checkpoint is there and undamaged: only such a one may replace the good one before it."""
     try:
         _check_zip(path)
     except CheckpointError:
@@ -107,27 +108,26 @@ def load(path):
         )
     version = state.get("format", FORMAT)
     if version != FORMAT:
-        newer = "is newer than this code reads; update the project" if _is_newer(version) else "is none"
-        raise CheckpointError(f"{path}: format {version!s:.20} {newer} (this is format {FORMAT})")
+        newer = isinstance(version, int) and version > FORMAT
+        why = "is newer than this code reads; update the project" if newer else "is unknown"
+        raise CheckpointError(f"{path}: format {reprlib.repr(version):.40} {why} (this is format {FORMAT})")
     return state
-
-
-def _is_newer(version):
-    return isinstance(version, int) and version > FORMAT
 
 
 def _read_pickle(path):
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's, on odd files; what matters is said below
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # torch warns of odd files; our error says what is wrong
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_foreign(error)}") from None
 
 
 def _foreign(error):
-    """What a refused pickle holds, without a word on how to load it all the same."""
+    """What a refused pickle holds; unlike torch's message, without the advice to load it unsafely."""
     names = re.findall(r"(?:GLOBAL|global|class)\s+`?([\w.]+)", str(error))
-    what = f"holds {', '.join(dict.fromkeys(names))}, " if names else "holds something "
+    what = f"holds {', '.join(dict.fromkeys(names)):.150}, " if names else "holds something "
     return f"{what}not only tensors and plain Python; refused, since it could run code: ask for a state_dict"
 
 
@@ -145,7 +145,7 @@ def load_newest(path, warn=utils.say):
 
 
 def check_file(path):
-    """Return the first bytes of a file; CheckpointError for whatever they tell without unpickling it."""
+    """Return the first bytes of a file; CheckpointError where they or its checksums show a fault."""
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
@@ -189,7 +189,7 @@ def _check_zip(path):
 
 
 def read_network(path):
-    """Return (checkpoint, clean weights, arguments of `resnet`) for a file of this project's or the authors'.
+    """Return (checkpoint, clean weights, arguments of `resnet`) of a file of this project or the authors.
 
     Raises CheckpointError when there are no weights, they fit no network, or one is not a finite number.
     """
@@ -201,7 +201,7 @@ def read_network(path):
         weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
         network = network_of(weights)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; was it made by another network?") from None
+        raise CheckpointError(f"{path}: {error!s:.200}; was it made by another network?") from None
     check_finite(weights, path)
     if not isinstance(state.get("config", {}), dict):  # not ours
         state = {name: value for name, value in state.items() if name != "config"}
@@ -209,15 +209,15 @@ def read_network(path):
 
 
 def check_finite(tensors, path):
-    """Raise CheckpointError when one of the named tensors holds NaN or Inf, or no numbers of its own."""
+    """Raise CheckpointError when one of the named tensors holds NaN or Inf, or is no ordinary tensor."""
     for name, value in tensors.items():
         try:
             stored = value.untyped_storage().nbytes() >= value.numel() * value.element_size()
             finite = bool(stored and value.isfinite().all())
-        except RuntimeError:  # sparse, quantised, on no device
+        except RuntimeError:  # sparse, quantised, or on the meta device
             stored = finite = False
         if not stored:
-            raise CheckpointError(f"{path}: {name} is no ordinary tensor; save it as one")
+            raise CheckpointError(f"{path}: {name:.100} is no ordinary tensor; save it as one")
         if not finite:
             raise CheckpointError(f"{path}: {name} holds NaN or Inf; the run diverged, use an older file")
 
@@ -226,9 +226,9 @@ def check_classes(state, path, classes):
     """Raise CheckpointError when a checkpoint says it was trained on other classes than `classes`."""
     there = state.get("classes")
     if isinstance(there, list | tuple) and list(there) != list(classes):
-        there = [str(name) for name in there]
+        there = [name[:40] if isinstance(name, str) else reprlib.repr(name)[:40] for name in there[:3]]
         raise CheckpointError(
-            f"{path}: trained on other classes ({', '.join(there[:3])}, ...) than this data set has "
+            f"{path}: trained on other classes ({', '.join(there)}, ...) than this data set has "
             f"({', '.join(classes[:3])}, ...); give the --dataset it was trained on"
         )
 
@@ -243,13 +243,13 @@ def check_holdout(state, path, dataset):
         )
 
 
-# ---------------------------------------------------------------- weights to hand on
+# ---------------------------------------------------------------- export
 
 
 def export(source, target):
     """Write the weights and prototypes of a checkpoint, without its optimiser and paths; return the SHA-256.
 
-    A `target` that ends in .safetensors is of that format. Both kinds load wherever a checkpoint does.
+    The format is safetensors where `target` ends so. Both formats load wherever a checkpoint does.
     """
     state, target = load(source), Path(target)
     state = state if "state_dict" in state else {"state_dict": state}
@@ -307,7 +307,7 @@ def _read_safetensors(path):
 
 
 def _digest(tensors, text):
-    """SHA-256 of named tensors and a text: the format itself has no checksum."""
+    """SHA-256 of named tensors and a text: the safetensors format itself has no checksum."""
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

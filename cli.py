@@ -1,7 +1,7 @@
 """A Config dataclass as a command line, and the exit status of a script.
 
-A script declares its options as a frozen dataclass with fields `name: type = value  # reason`. The
-type says which values are allowed: `lr: Positive`, `precision: Literal["auto", "float32"]`.
+A script declares its options as a frozen dataclass with fields `name: type = value  # reason`. The type says
+which values are allowed: `lr: Positive`, `precision: Literal["auto", "float32"]`.
 """
 
 import argparse
@@ -10,12 +10,14 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import os
 import re
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -34,9 +36,9 @@ FILE_SYSTEM_ERRORS = (
 
 
 class Allowed(NamedTuple):
-    """What a value must satisfy, as a test and in words that follow the option's name."""
+    """Which values an option takes: a test, and words that follow the option's name."""
 
-    test: object
+    test: Callable[[object], bool]
     words: str
 
 
@@ -49,18 +51,10 @@ Momentum = Annotated[float, Allowed(lambda v: 0 <= v < 1, "lies in [0, 1)")]
 Epsilon = Annotated[float, Allowed(lambda v: 0 <= v <= 1, "lies in [0, 1]; 8/255?")]
 StepSize = Annotated[float, Allowed(lambda v: 0 < v <= 1, "lies in (0, 1]; 2/255?")]
 Depth = Annotated[int, Allowed(lambda v: v >= 8 and v % 6 == 2, "is 6n + 2: 8, 14, 20, ... 110")]
-Milestones = Annotated[
-    tuple[int, ...],
-    Allowed(
-        lambda v: all(a < b for a, b in zip((0, *v), v, strict=False)), "are epochs from 1 up in rising order"
-    ),
-]
-Layers = Annotated[
-    tuple[Literal["layer2", "layer3", "fc"], ...],
-    Allowed(
-        lambda v: len(v) == len(set(v)) > 0, "are one or more of the network's features, each named once"
-    ),
-]
+rising = Allowed(lambda v: sorted({0, *v}) == [0, *v], "are epochs from 1 up in rising order")
+Milestones = Annotated[tuple[int, ...], rising]
+distinct = Allowed(lambda v: len(v) == len(set(v)) > 0, "are one or more features, each named once")
+Layers = Annotated[tuple[Literal["layer2", "layer3", "fc"], ...], distinct]
 JsonFile = Annotated[str, Allowed(lambda v: v.endswith(".json"), "names a .json file; tables lie beside it")]
 
 
@@ -78,7 +72,7 @@ def run(main, config_class):
         keep_freed_memory()
         try:
             main(config)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             size = getattr(config, "batch_size", None)
@@ -90,7 +84,7 @@ def run(main, config_class):
 
 
 def keep_freed_memory():
-    """Have glibc keep memory that was freed: to take it anew costs a CPU up to a fifth of a training step."""
+    """Have glibc keep freed memory: to get it anew from the system takes up to a fifth of a training step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: allocate nothing by mmap, which free would undo
@@ -99,7 +93,7 @@ def keep_freed_memory():
 
 def leave_with_status(command):
     """Call `command(argv)` and end the process: status 0, or one line and the status of the fault."""
-    _mend_streams()
+    _prepare_streams()
     debug = "--debug" in sys.argv
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     message = ""
@@ -125,17 +119,19 @@ def leave_with_status(command):
     sys.exit(status)
 
 
-def _mend_streams():
+def _prepare_streams():
     """Replace closed streams by /dev/null, and write letters that the locale lacks as question marks."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the next file opened would take its number
+        if getattr(sys, name) is None:  # else the next file that is opened would get its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's streams have none
+            getattr(sys, name).reconfigure(errors="replace")
 
 
 def describe_error(error):
-    """Return (exit status, one line) for an exception."""
+    """Return (exit status, one line) for an exception; control characters are escaped."""
     text = " ".join(str(error).split())
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     status = getattr(error, "exit_status", None)
     if status is not None:
         return status, text
@@ -145,11 +141,9 @@ def describe_error(error):
 
 
 def _is_out_of_memory(error):
-    """Whether memory ran out. A GPU raises a class of its own; a CPU a RuntimeError that says it in words."""
-    return not isinstance(error, RuntimeError) or any(
-        words in str(error)
-        for words in ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    )
+    """Whether memory ran out: GPU and CPU raise a RuntimeError with one of these texts."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def check_versions():
@@ -182,30 +176,23 @@ def parse_config(config_class, argv):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    hints, comments, groups = (
-        get_type_hints(config_class, include_extras=True),
-        field_comments(config_class),
-        {},
-    )
+    hints = get_type_hints(config_class, include_extras=True)
+    comments, groups = field_comments(config_class), {}
     for field in dataclasses.fields(config_class):
         heading, written, comment = comments.get(field.name, ("", "", ""))
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        hint = hints[field.name]
-        if any(str(name) not in comment for name in choices_of(hint)):
-            comment = "; ".join(filter(None, (comment, f"of {', '.join(choices_of(hint))}")))
-        default = written.replace(" ", "") if isinstance(field.default, float) else _text(field.default)
-        default = "none" if field.default in (None, ()) else default
-        _add_option(groups[heading], field, hint, f"{comment} [{default}]".strip())
+        _add_option(groups[heading], field, hints[field.name], written, comment)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(unknown_name("option", unknown[0].split("=")[0], options))
+        raise UsageError(_unknown_name("option", unknown[0].split("=")[0], options))
     config = config_class(**vars(values))
     validate(config)
     return config
 
 
+@functools.cache
 def field_comments(config_class):
     """Map each field to (heading of its group, its default as written, its trailing comment).
 
@@ -224,17 +211,22 @@ def field_comments(config_class):
     return found
 
 
-def _add_option(group, field, hint, help_text):
-    option = "--" + field.name.replace("_", "-")
-    common = {"dest": field.name, "default": field.default, "help": help_text.replace("%", "%%")}
-    kind, optional = _kind(hint)
-    if kind is bool:
-        group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
-    elif get_origin(kind) is tuple:
-        convert = _converter(option, get_args(kind)[0], optional=False)
-        group.add_argument(option, nargs="*", type=convert, action=_ToTuple, metavar="V", **common)
-    else:
-        group.add_argument(option, type=_converter(option, hint, optional), metavar="V", **common)
+def _add_option(group, field, hint, written, comment):
+    """Add the option of a field, with its comment, the names to choose from and its default as help."""
+    kind, default = _kind(hint), field.default
+    part = _kind(get_args(kind.type)[0]) if get_origin(kind.type) is tuple else kind
+    names = get_args(part.type) if get_origin(part.type) is Literal else ()
+    if any(str(name) not in comment for name in names):
+        comment = "; ".join(filter(None, (comment, f"of {', '.join(names)}")))
+    shown = written.replace(" ", "") if isinstance(default, float) else _text(default)
+    shown = "none" if default in (None, ()) else shown
+    help_text = f"{comment} [{shown}]".strip().replace("%", "%%")
+    how = {"metavar": "V", "type": functools.partial(_value, part.type, kind.optional)}
+    if kind.type is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    elif part is not kind:
+        how |= {"nargs": "*", "action": _ToTuple}
+    group.add_argument(_option(field.name), dest=field.name, default=default, help=help_text, **how)
 
 
 class _ToTuple(argparse.Action):
@@ -242,20 +234,14 @@ class _ToTuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
-def _converter(option, hint, optional):
-    """The function that turns the text of an option into a value of type `hint`."""
-    kind = _kind(hint)[0]
-
-    def convert(text):
-        if optional and text.lower() == "none":
-            return None
-        try:
-            return fraction(text) if kind is float else int(text) if kind is int else text
-        except (ValueError, OverflowError):
-            words = words_of(hint) or f"is a {'number' if kind is float else 'whole number'}"
-            raise UsageError(f"{option} {text}: {option[2:].replace('-', '_')} {words}") from None
-
-    return convert
+def _value(kind, optional, text):
+    """The value of type `kind` that a text means, or the text itself, for `validate` to refuse."""
+    if optional and text.lower() == "none":
+        return None
+    try:
+        return {int: int, float: fraction}.get(kind, str)(text)
+    except (ValueError, OverflowError):
+        return text
 
 
 def fraction(text):
@@ -271,32 +257,30 @@ def fraction(text):
 # ---------------------------------------------------------------- checking values
 
 
-def _parts(hint):
-    """(a type without None and Annotated, whether None is allowed, the conditions on it)."""
-    if get_origin(hint) in (Union, types.UnionType):
-        kind, _, conditions = _parts(get_args(hint)[0])
-        return kind, True, conditions
-    if get_origin(hint) is Annotated:
-        kind, *conditions = get_args(hint)
-        return kind, False, conditions
-    return hint, False, []
+class _Kind(NamedTuple):
+    """The parts of a field's type."""
+
+    type: object  # without None and Annotated
+    optional: bool = False  # whether None is allowed
+    allowed: Allowed | None = None
+
+
+OF_TYPE = {  # what every value of a type must satisfy
+    int: Allowed(lambda v: abs(v) < 2**63, "is a whole number below 2^63 in size"),
+    float: Allowed(lambda v: abs(v) < 2**63, "is a finite number below 2^63 in size"),
+    bool: Allowed(lambda v: True, "is True or False"),
+    str: Allowed(lambda v: v and "\0" not in v, "is a text, not empty and without a zero byte"),
+    tuple: Allowed(lambda v: True, "is a tuple"),
+}
 
 
 def _kind(hint):
-    return _parts(hint)[:2]
-
-
-def words_of(hint):
-    """What is allowed for a type, in words; empty where everything of the type is."""
-    return next((condition.words for condition in _parts(hint)[2]), "")
-
-
-def choices_of(hint):
-    """The names that a type of names allows; empty for other types."""
-    kind = _kind(hint)[0]
-    if get_origin(kind) is tuple:
-        kind = _kind(get_args(kind)[0])[0]
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    if get_origin(hint) in (Union, types.UnionType):
+        return _kind(get_args(hint)[0])._replace(optional=True)
+    if get_origin(hint) is Annotated:
+        kind, allowed = get_args(hint)
+        return _Kind(kind, allowed=allowed)
+    return _Kind(hint)
 
 
 def validate(config):
@@ -316,49 +300,38 @@ def validate(config):
     getattr(config, "check", bool)()
 
 
+def _check(name, value, hint):
+    kind = _kind(hint)
+    plain = get_origin(kind.type) or kind.type
+    if value is None and kind.optional:
+        return
+    if plain is Literal:
+        if value not in get_args(kind.type):
+            raise UsageError(_unknown_name(_option(name), value, get_args(kind.type)))
+        return
+    fits = isinstance(value, int | float if plain is float else plain) and OF_TYPE[plain].test(value)
+    fits = fits and (plain is bool or not isinstance(value, bool))
+    if fits and plain is tuple:
+        for part in value:
+            _check(name, part, get_args(kind.type)[0])
+    allowed = kind.allowed or OF_TYPE[plain]
+    if not (fits and allowed.test(value)):
+        raise UsageError(f"{_option(name)} {_text(value)}: {name} {allowed.words}")
+
+
 def _option(name):
     return "--" + name.replace("_", "-")
-
-
-def _check(name, value, hint):
-    kind, optional, conditions = _parts(hint)
-    if value is None and optional:
-        return
-    where = f"{_option(name)} {_text(value)}"
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise UsageError(unknown_name(_option(name), value, get_args(kind)))
-    elif not _is_a(value, kind):
-        wanted = kind.__name__ if isinstance(kind, type) else kind
-        raise UsageError(f"{where}: {name} is of type {wanted}, not {type(value).__name__}")
-    if isinstance(value, tuple):
-        for part in value:
-            _check(name, part, get_args(kind)[0])
-    if isinstance(value, str) and (not value or "\0" in value):
-        raise UsageError(f"{where}: {name} is a text, not empty and without a zero byte")
-    if isinstance(value, int | float) and not abs(value) < 2**63:
-        words = words_of(hint) or "is a finite number below 2^63 in size"
-        raise UsageError(f"{where}: {name} {words}")
-    for condition in conditions:
-        if not condition.test(value):
-            raise UsageError(f"{where}: {name} {condition.words}")
-
-
-def _is_a(value, kind):
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
 
 
 def _text(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def unknown_name(what, name, valid):
+def _unknown_name(what, name, valid):
     """One line for a name that is not in `valid`: lists them and points at the nearest."""
     near = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{what} {name}: there is no such; valid: {', '.join(map(str, valid))}{hint}"
+    return f"{what} {name}: unknown; valid: {', '.join(map(str, valid))}{hint}"
 
 
 def config_dict(config):

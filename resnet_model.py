@@ -1,9 +1,8 @@
-"""The network: a CIFAR ResNet whose hidden features are part of its answer.
+"""The network: a CIFAR ResNet that returns its hidden features along with the class scores.
 
-`resnet(num_classes, depth)` takes images in [0, 1] and returns the features that the Prototype Conformity
-Loss supervises along with the class scores. The keys and shapes of its `state_dict` are those of the released
-network (Mustafa et al., ICCV 2019), so weights of either load into the other. Normalisation is part of the
-network and of nothing else: attacks and evaluation speak in pixels.
+The Prototype Conformity Loss supervises these features. The keys and shapes of the `state_dict` are those of
+the released network (Mustafa et al., ICCV 2019), so weights of either load into the other. Only the network
+normalises images: attacks and evaluation see pixels in [0, 1].
 """
 
 import copy
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images
 CHANNEL_STD = (0.2023, 0.1994, 0.2010)
-STAGE_WIDTHS = (16, 32, 64)
-FC_DIM = 1024
-BOTTLENECK_FROM = 44  # depth from which blocks are bottlenecks: the released rule
+BOTTLENECK_FROM = 44  # the depth from which blocks are bottlenecks, as in the released code
 
 
 class Outputs(NamedTuple):
-    """What the network says of N images: three features, shallow to deep, and the class scores.
+    """The network's outputs for N images: three features, shallow to deep, and the class scores.
 
     layer2: N x feat_dims["layer2"], global max pool after the second stage, or the auxiliary branch.
     layer3: N x feat_dims["layer3"], global average pool after the third stage.
@@ -57,7 +54,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last four times as wide, and a shortcut; the 3x3 one strides."""
+    """1x1, 3x3 and 1x1 convolutions, the last four times as wide, and a shortcut; the 3x3 has the stride."""
 
     expansion = 4
 
@@ -81,7 +78,7 @@ class Bottleneck(nn.Module):
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """The projection a shortcut needs where a block changes the shape, else None."""
+    """The projection on the shortcut of a block that changes the shape, else None."""
     if stride == 1 and in_channels == out_channels:
         return None
     conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
@@ -89,16 +86,15 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
 
 
 def _stage(block: type, in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    """`blocks` blocks in a row, of which the first strides."""
+    """`blocks` blocks in a row; the first has the stride."""
     widths = [in_channels] + [channels * block.expansion] * (blocks - 1)
     return nn.Sequential(*(block(width, channels, 1 if i else stride) for i, width in enumerate(widths)))
 
 
 class ResNet(nn.Module):
-    """A three-stage ResNet for 32 x 32 images (any size works); made by `resnet`, which checks the arguments.
+    """A three-stage ResNet for 32 x 32 images (any size works); `resnet` makes it and checks the arguments.
 
-    depth, num_classes, aux_dim, fc_dim: as given.
-    feat_dims: width of each supervised feature by its name in `Outputs`, shallow to deep.
+    `feat_dims` maps the name of each feature in `Outputs`, shallow to deep, to its width.
     """
 
     def __init__(self, num_classes: int, depth: int, aux_dim: int, fc_dim: int) -> None:
@@ -106,13 +102,13 @@ class ResNet(nn.Module):
         self.num_classes, self.depth, self.aux_dim, self.fc_dim = num_classes, depth, aux_dim, fc_dim
         block = Bottleneck if depth >= BOTTLENECK_FROM else BasicBlock
         blocks = (depth - 2) // 6
-        width1, width2, width3 = (width * block.expansion for width in STAGE_WIDTHS)
+        width1, width2, width3 = 16 * block.expansion, 32 * block.expansion, 64 * block.expansion
 
-        self.conv1 = nn.Conv2d(3, STAGE_WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
-        self.layer1 = _stage(block, STAGE_WIDTHS[0], STAGE_WIDTHS[0], blocks, stride=1)
-        self.layer2 = _stage(block, width1, STAGE_WIDTHS[1], blocks, stride=2)
-        self.layer3 = _stage(block, width2, STAGE_WIDTHS[2], blocks, stride=2)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(block, 16, 16, blocks, stride=1)
+        self.layer2 = _stage(block, width1, 32, blocks, stride=2)
+        self.layer3 = _stage(block, width2, 64, blocks, stride=2)
         self.fc = nn.Linear(width3, fc_dim)
         self.fcf = nn.Linear(fc_dim, num_classes)
         self.aux = nn.Linear(width2, aux_dim) if aux_dim else None
@@ -130,54 +126,49 @@ class ResNet(nn.Module):
         x = (images - self.mean) / self.std
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         stage2 = self.layer2(self.layer1(x))
-        # amax, not a max pool: the backward of a CUDA pool adds atomically, so two runs would differ.
+        # amax instead of a max pool: the backward of the CUDA pool is not deterministic.
         layer2 = stage2.amax((2, 3)) if self.aux is None else self.aux(stage2.mean((2, 3)))
         layer3 = self.layer3(stage2).mean((2, 3))
         fc = self.fc(layer3)
-        # No activation between the two linear layers: so is the released network.
+        # No activation between the two linear layers, as in the released network.
         return Outputs(layer2, layer3, fc, self.fcf(fc))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Class scores alone, N x num_classes: the view of the network that attacks and evaluation take."""
+        """Class scores alone, N x num_classes: the function that attacks and evaluation take."""
         return self(images).logits
 
 
-def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0, fc_dim: int = FC_DIM) -> ResNet:
+def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0, fc_dim: int = 1024) -> ResNet:
     """Make a ResNet with fresh weights: He's fan-out normal convolutions, the rest as PyTorch draws it.
 
     num_classes: from 2 up.
-    depth: 6n + 2, n >= 1: n basic blocks a stage below 44, n bottlenecks from 44 up. The released network is
-        110 (18 blocks a stage); the one the paper describes, with 12 blocks a stage, is 74.
-    aux_dim: width of the paper's auxiliary branch on the second stage (Table 1: GAP, then FC(512)). Where it
-        is not 0, parameters `aux.weight` and `aux.bias` exist and the branch takes the place of `layer2` in
-        `Outputs`.
+    depth: 6n + 2, n >= 1: n basic blocks a stage below 44, else n bottlenecks. The released network has 110
+        (18 blocks a stage), the one that the paper describes, with 12 blocks a stage, 74.
+    aux_dim: width of the paper's auxiliary branch on the second stage (Table 1: GAP, then FC(512)); 0: none.
+        The branch adds the parameters `aux.weight` and `aux.bias`, and its output is the feature `layer2`.
     fc_dim: width of the penultimate layer, the feature `fc`: 1024 in the paper, 2 in its Figure 1.
-    Raises ValueError when an argument is none of these.
+    Raises ValueError for any other argument.
     """
-    if not _is_int(depth) or depth < 8 or depth % 6 != 2:
+    if type(depth) is not int or depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth {depth!r}: must be 6n + 2, such as 8, 14, 20, 26, 32, 38, 44, 50, 74, 110")
-    if not _is_int(num_classes) or num_classes < 2:
+    if type(num_classes) is not int or num_classes < 2:
         raise ValueError(f"num_classes {num_classes!r}: must be a whole number from 2 up")
-    if not _is_int(aux_dim) or aux_dim < 0:
+    if type(aux_dim) is not int or aux_dim < 0:
         raise ValueError(f"aux_dim {aux_dim!r}: must be 0 (no auxiliary branch) or a width, such as 512")
-    if not _is_int(fc_dim) or fc_dim < 1:
+    if type(fc_dim) is not int or fc_dim < 1:
         raise ValueError(f"fc_dim {fc_dim!r}: must be a whole number from 1 up")
     return ResNet(num_classes, depth, aux_dim, fc_dim)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def clean_state_dict(state_dict: dict) -> dict:
-    """A new dict without the `module.` and `_orig_mod.` that wrappers put before each key, in whatever order.
+    """A new dict without the `module.` and `_orig_mod.` that wrappers put before each key, in any order.
 
-    Only what leads a key is cut. Raises ValueError when a key is no text or two keys become one.
+    Only the start of a key is cut. Raises ValueError when a key is no string or two keys become the same.
     """
     cleaned = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise ValueError(f"not a state_dict: its keys are names of weights, and {key!r} is none")
+            raise ValueError(f"not a state_dict: its keys must be names of weights, and {key!r} is not one")
         name = re.sub(r"^(?:module\.|_orig_mod\.)+", "", key)
         if name in cleaned:
             raise ValueError(f"state_dict holds {name} twice: with and without a wrapper's prefix")
@@ -188,15 +179,16 @@ def clean_state_dict(state_dict: dict) -> dict:
 def network_of(state_dict: dict) -> dict[str, int]:
     """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim, fc_dim.
 
-    Keys and shapes decide, and all of them must fit; wrappers' prefixes do not matter, nor does the lack of
-    the batch counters that early versions of PyTorch did not save. Raises ValueError when no network fits.
+    All keys and shapes must fit, but wrappers' prefixes are ignored, and the batch counters, which early
+    versions of PyTorch did not save, may be missing. Raises ValueError when no network fits.
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})
     num_classes, aux_dim, fc_dim = (
-        next(iter(shapes.get(key, ())), 0) for key in ("fcf.weight", "aux.weight", "fc.weight")
+        next(iter(shapes.get(f"{layer}.weight", ())), 0) for layer in ("fcf", "aux", "fc")
     )
-    if not blocks or num_classes < 2 or not fc_dim:
+    # Every block has 10 weights or more: a small file cannot make us build a deep network.
+    if not 0 < 30 * blocks < len(shapes) or num_classes < 2 or not fc_dim:
         raise ValueError("not a ResNet of this project: its weights lack layer1, fc.weight or fcf.weight")
     arguments = {"depth": 6 * blocks + 2, "num_classes": num_classes, "aux_dim": aux_dim, "fc_dim": fc_dim}
 
@@ -220,8 +212,8 @@ class Folded(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(model)
         self.network.zero_grad(set_to_none=True)
-        # The model's convolutions, each with its batch norm, and linear layers; what is in lists is not ours.
-        self.folds, self.linears, mine = [], [], []
+        # Pairs kept in plain lists so that nn.Module does not register the original's layers.
+        self.folds, self.linears, convs = [], [], []
         for name, module in list(model.named_modules()):
             copied = self.network.get_submodule(name)
             if isinstance(module, nn.Linear):
@@ -230,26 +222,26 @@ class Folded(nn.Module):
                 norm = getattr(module, norm_name, None)
                 if isinstance(norm, nn.BatchNorm2d):
                     self.folds.append((getattr(module, conv_name), norm))
-                    mine.append(getattr(copied, conv_name))
+                    convs.append(getattr(copied, conv_name))
                     setattr(copied, norm_name, nn.Identity())
-        self._lay_out(mine, dtype)
+        self._share_memory(convs, dtype)
         self.requires_grad_(False).eval()
         self.refresh()
 
-    def _lay_out(self, convs: list[nn.Conv2d], dtype: torch.dtype | None) -> None:
-        """Make the weights of `convs` views of one tensor, and their biases of another.
+    def _share_memory(self, convs: list[nn.Conv2d], dtype: torch.dtype | None) -> None:
+        """Make the weights of `convs` views of one tensor, and their biases views of another.
 
-        So a refresh is a handful of operations, not some for each of 163 convolutions, which a GPU waits for.
+        A refresh is then a handful of operations: a GPU would wait for the host to launch some for each of
+        the 163 convolutions of depth 110.
         """
         sizes = [conv.weight.numel() for conv in convs]
         widths = [conv.out_channels for conv in convs]
         like = convs[0].weight.detach().to(dtype)
         self.weights, self.biases = like.new_empty(sum(sizes)), like.new_empty(sum(widths))
-        each = torch.tensor([conv.weight[0].numel() for conv in convs for _ in range(conv.out_channels)])
-        self.channel = torch.repeat_interleave(each).to(like.device)  # which one a weight belongs to
-        for conv, weight, bias in zip(
-            convs, self.weights.split(sizes), self.biases.split(widths), strict=True
-        ):
+        repeats = torch.tensor([conv.weight[0].numel() for conv in convs for _ in range(conv.out_channels)])
+        self.channel = torch.repeat_interleave(repeats).to(like.device)  # the channel of each weight
+        views = zip(convs, self.weights.split(sizes), self.biases.split(widths), strict=True)
+        for conv, weight, bias in views:
             out, into, height, width = conv.weight.shape
             weight = weight.view(out, height, width, into).permute(0, 3, 1, 2)  # channels-last
             conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -259,9 +251,9 @@ class Folded(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the present weights and statistics of the model this is a copy of, in place."""
+        """Take over the present weights and statistics of the original, in place."""
         norms = [norm for _, norm in self.folds]
-        # In float64 where there is one, so that only the result is rounded.
+        # In float64 where the device has it, so that only the result is rounded.
         wide = torch.float32 if self.weights.device.type == "mps" else torch.float64
         weight, bias, mean, var = (
             torch.cat([getattr(norm, name) for norm in norms]).to(wide)
@@ -271,16 +263,16 @@ class Folded(nn.Module):
         self.biases.copy_(bias - mean * scale)
         weights = torch.cat([conv.weight.permute(0, 2, 3, 1).flatten() for conv, _ in self.folds])
         self.weights.copy_(weights * scale.index_select(0, self.channel))
-        for mine, theirs in self.linears:
-            mine.weight.copy_(theirs.weight)
-            mine.bias.copy_(theirs.bias)
+        for copied, original in self.linears:
+            copied.weight.copy_(original.weight)
+            copied.bias.copy_(original.bias)
 
 
 def folded(model: ResNet, dtype: torch.dtype | None = None) -> Folded:
     """A frozen copy of `model` for attacks and evaluation: eval mode, batch norms folded into convolutions.
 
-    Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in; `model` stays as it
-    is. The copy follows later changes of `model` when told to: `refresh()`. `dtype` is that of its
-    convolutions and linear layers, None being the model's; in bfloat16 it is for use under autocast alone.
+    Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in. After a change of
+    `model` call `refresh()`. `dtype` is that of the copy's convolutions and linear layers, None being the
+    model's; a copy in bfloat16 works under autocast only. `model` stays as it is.
     """
     return Folded(model, dtype)

@@ -6,7 +6,9 @@ worker processes, distances in a loop over the batch, an optimiser for each set 
 writes who follows the tutorials; nothing in it is slow on purpose, and it computes what the project computes.
 """
 
+import random
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,15 +47,13 @@ def loader(split, batch_size: int, augment: bool, workers: int = 2) -> DataLoade
     )
 
 
-# ---- training
+# ---------------------------------------------------------------- training
 
 
 def proximity(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """Mean over the batch of the squared distance to the own class's prototype."""
-    distances = []
-    for feature, label in zip(features, labels, strict=True):
-        distances.append((feature - centers[label]).pow(2).sum())
-    return torch.stack(distances).mean()
+    pairs = zip(features, labels, strict=True)
+    return torch.stack([(feature - centers[label]).pow(2).sum() for feature, label in pairs]).mean()
 
 
 def contrastive_proximity(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
@@ -76,34 +76,17 @@ class Term(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def make_terms(prototypes: dict[str, tuple[Tensor, Tensor]], recipe) -> list[Term]:
-    """The terms of a script's `Config`; `prototypes` maps a layer to those of its pull and of its push."""
+def make_terms(recipe, model, device) -> list[Term]:
+    """The terms of a script's `Config`, with fresh prototypes; none where it has no PCL."""
     terms = []
-    for layer, (pull, push) in prototypes.items():
-        for centers, distance, weight, lr in (
-            (pull, proximity, recipe.weight_prox, recipe.lr_prox),
-            (push, contrastive_proximity, -recipe.weight_conprox, recipe.lr_conprox),
+    for layer in getattr(recipe, "layers", ()):
+        for distance, weight, lr in (
+            (proximity, recipe.weight_prox, recipe.lr_prox),
+            (contrastive_proximity, -recipe.weight_conprox, recipe.lr_conprox),
         ):
-            centers = nn.Parameter(centers.detach().clone())
+            centers = nn.Parameter(torch.randn(model.num_classes, model.feat_dims[layer], device=device))
             terms.append(Term(layer, distance, weight, centers, torch.optim.SGD([centers], lr=lr)))
     return terms
-
-
-def step(model, optimizer, terms: list[Term], images: Tensor, labels: Tensor) -> float:
-    """One step on the joint loss, which without terms is cross-entropy; returns it."""
-    outputs = model(images)
-    loss = F.cross_entropy(outputs.logits, labels)
-    for term in terms:
-        loss = loss + term.weight * term.distance(getattr(outputs, term.layer), labels, term.centers)
-    optimizer.zero_grad()
-    for term in terms:
-        term.optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    for term in terms:
-        term.centers.grad /= abs(term.weight)  # the prototypes learn from the unweighted term
-        term.optimizer.step()
-    return loss.item()
 
 
 def train_epoch(model, batches, optimizer, terms: list[Term], device, attack=None) -> float:
@@ -117,11 +100,23 @@ def train_epoch(model, batches, optimizer, terms: list[Term], device, attack=Non
             attacked = attack(images, labels)
             model.train()
             images, labels = torch.cat([images, attacked]), torch.cat([labels, labels])
-        total += step(model, optimizer, terms, images, labels)
+        outputs = model(images)
+        loss = F.cross_entropy(outputs.logits, labels)
+        for term in terms:
+            loss = loss + term.weight * term.distance(getattr(outputs, term.layer), labels, term.centers)
+        optimizer.zero_grad()
+        for term in terms:
+            term.optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for term in terms:
+            term.centers.grad /= abs(term.weight)  # the prototypes learn from the unweighted term
+            term.optimizer.step()
+        total += loss.item()
     return total / len(batches)
 
 
-# ---- attacks
+# ---------------------------------------------------------------- attacks
 
 
 def gradient(model, images: Tensor, labels: Tensor) -> Tensor:
@@ -133,39 +128,47 @@ def gradient(model, images: Tensor, labels: Tensor) -> Tensor:
     return images.grad
 
 
-def fgsm(model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
-    """One step of `epsilon` along the sign of the gradient."""
-    return torch.clamp(images + epsilon * gradient(model, images, labels).sign(), 0, 1).detach()
+def pgd(model, images, labels, epsilon, num_steps, step_size, random_start=False, decay=None) -> Tensor:
+    """Steps along the sign of the gradient, each brought back into the ball.
 
-
-def pgd(model, images, labels, epsilon: float, step_size: float, num_steps: int, random_start=False):
-    """Steps along the sign of the gradient, each brought back into the ball."""
-    points = images.clone().detach()
+    One step of epsilon is FGSM, n steps of epsilon / n are BIM, and with `decay`, along a momentum of the
+    gradients, each divided by its L1 norm, MIM.
+    """
+    points, momentum = images.clone().detach(), torch.zeros_like(images)
     if random_start:
         points = torch.clamp(points + torch.empty_like(points).uniform_(-epsilon, epsilon), 0, 1)
     for _ in range(num_steps):
-        points = points + step_size * gradient(model, points, labels).sign()
-        points = images + torch.clamp(points - images, -epsilon, epsilon)
-        points = torch.clamp(points, 0, 1).detach()
-    return points
-
-
-def bim(model, images: Tensor, labels: Tensor, epsilon: float, num_steps: int) -> Tensor:
-    """PGD with steps of epsilon / num_steps, from the images themselves."""
-    return pgd(model, images, labels, epsilon, epsilon / num_steps, num_steps)
-
-
-def mim(model, images: Tensor, labels: Tensor, epsilon: float, num_steps: int, decay: float = 1.0) -> Tensor:
-    """BIM along a momentum of the gradients, each divided by its L1 norm."""
-    points, momentum = images.clone().detach(), torch.zeros_like(images)
-    for _ in range(num_steps):
         slope = gradient(model, points, labels)
-        norm = slope.abs().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
-        momentum = decay * momentum + slope / norm
-        points = points + epsilon / num_steps * momentum.sign()
+        if decay is not None:
+            norm = slope.abs().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
+            slope = momentum = decay * momentum + slope / norm
+        points = points + step_size * slope.sign()
         points = images + torch.clamp(points - images, -epsilon, epsilon)
         points = torch.clamp(points, 0, 1).detach()
     return points
+
+
+def attack_of(row: str, model, recipe) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """`attack(images, labels)` of an evaluation or of adversarial training; None where a row has none."""
+    name, steps, trains = row.split("_")[-1], getattr(recipe, "num_steps", 1), hasattr(recipe, "epsilon_min")
+    if not trains and not hasattr(recipe, "epsilon"):
+        return None
+    step_size = getattr(recipe, "step_size", None) or 2 / 255  # as released
+
+    def attack(images, labels):
+        epsilon = random.uniform(recipe.epsilon_min, recipe.epsilon_max) if trains else recipe.epsilon
+        settings = {
+            "fgsm": {"num_steps": 1, "step_size": epsilon},
+            "bim": {"num_steps": steps, "step_size": epsilon / steps},
+            "mim": {"num_steps": steps, "step_size": epsilon / steps, "decay": 1.0},
+            "pgd": {"num_steps": steps, "step_size": step_size, "random_start": trains},
+        }
+        return pgd(model, images, labels, epsilon, **settings[name])
+
+    return attack
+
+
+# ---------------------------------------------------------------- epochs
 
 
 def evaluate(model, batches, device, attack) -> Tensor:
@@ -178,3 +181,32 @@ def evaluate(model, batches, device, attack) -> Tensor:
         with torch.no_grad():
             correct.append((model(attacked).logits.argmax(1) == labels).cpu())
     return torch.cat(correct)
+
+
+def read(batches, device) -> None:
+    for images, labels in batches:
+        images.to(device), labels.to(device)
+
+
+def attack_all(model, batches, attack) -> None:
+    model.eval()
+    for images, labels in batches:
+        attack(images, labels)
+
+
+def epoch(subject, row: str) -> Callable[[], object]:
+    """An epoch of a row, done the textbook way; evaluations return which images stay right."""
+    device, model, recipe = subject.device, subject.model(), subject.recipe(row)
+    trains = hasattr(recipe, "momentum") and not row.startswith("inner")
+    batches = loader(subject.split(row), recipe.batch_size, augment=trains, workers=subject.config.workers)
+    attack = attack_of(row, model, recipe)
+    if hasattr(recipe, "epsilon"):
+        return partial(evaluate, model, batches, device, attack)
+    if row == "data":
+        return partial(read, batches, device)
+    if not trains:
+        ready = [(images.to(device), labels.to(device)) for images, labels in batches]
+        return partial(attack_all, model, ready, attack)
+    rates = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+    optimizer, terms = torch.optim.SGD(model.parameters(), **rates), make_terms(recipe, model, device)
+    return partial(train_epoch, model, batches, optimizer, terms, device, attack)

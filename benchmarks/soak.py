@@ -1,18 +1,19 @@
 """Kill short training runs at random moments, resume them, and compare the end with an uninterrupted run.
 
-    python benchmarks/soak.py
+    python -m benchmarks.soak
 
 Each run is stopped again and again by SIGINT, SIGTERM or kill -9 at a random moment, resumed each time, and
 must end with the weights, prototypes, optimiser state, metrics and log epochs of a run that nobody stopped,
 bit for bit on a CPU. Exits 1 where one does not.
 """
 
-import csv
+import collections
 import dataclasses
 import importlib
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -20,12 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from torch.utils import _pytree as pytree
 
-import checkpoints  # noqa: E402
-import cli  # noqa: E402
-import utils  # noqa: E402
+import checkpoints
+import cli
+import utils
 
 SCRIPTS = (
     "softmax_training",
@@ -47,23 +48,21 @@ class Config:
 # ---------------------------------------------------------------- processes
 
 
-def start(script, options, cwd, output=os.devnull):
-    """Start a script as a process of its own, its stdout and stderr appended to `output`."""
-    prepare()
-    options = [str(option) for option in options]
-    process_began, began = FORKS.Pipe(duplex=False)
-    process = FORKS.Process(target=_become, args=(script, options, str(cwd), str(output), began))
+def start(script, options, cwd, output=os.devnull, memory=None):
+    """Start a script as a process of its own, its stdout and stderr appended to `output`.
+
+    It may take `memory` bytes more than it begins with. Its pipe `began` is readable when the script begins.
+    """
+    FORKS.set_forkserver_preload(["torch", *SCRIPTS, "robustness"])
+    reader, began = FORKS.Pipe(duplex=False)
+    arguments = (script, [str(option) for option in options], str(cwd), str(output), memory, began)
+    process = FORKS.Process(target=_become, args=arguments)
     process.start()
-    process.began = process_began  # readable when the script itself begins
+    process.began = reader
     return process
 
 
-def prepare():
-    """Have the process that others are forked from import what they need."""
-    FORKS.set_forkserver_preload(["torch", *SCRIPTS, "robustness"])
-
-
-def _become(script, options, cwd, output, began=None):
+def _become(script, options, cwd, output, memory, began):
     """In the new process: behave like `python SCRIPT OPTIONS` in `cwd`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     os.chdir(cwd)
@@ -72,9 +71,11 @@ def _become(script, options, cwd, output, began=None):
         os.dup2(file.fileno(), 2)
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *options]
+    if memory is not None:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
     try:
-        if began is not None:
-            began.send_bytes(b"began")
+        began.send_bytes(b"began")
         cli.run(module.main, module.Config)
     except KeyboardInterrupt:  # between the lines
         os._exit(128 + signal.SIGINT)
@@ -109,109 +110,97 @@ def outcome(path):
     return {name: state[name] for name in names}
 
 
-def differences(a, b, where=""):
-    """The places where two nested structures differ, tensors bit by bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [place for key in a for place in differences(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [place for i in range(len(a)) for place in differences(a[i], b[i], f"{where}/{i}")]
-    if hasattr(a, "shape") and hasattr(b, "shape"):
-        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-        return [] if same else [where]
-    return [] if type(a) is type(b) and a == b else [where]
-
-
 def compare(path, expected):
     """The differences between what a run left at `path` and `expected` (path of an uninterrupted run)."""
-    found = differences(outcome(path), outcome(expected))
-    for suffix in (".csv", ".log"):
-        mine, other = (_rows(Path(str(p).removesuffix(".pth.tar") + suffix)) for p in (path, expected))
-        found += [] if mine == other else [f"rows of {suffix}"]
-    folder = Path(path).parent
+    found = []
+    for suffix in (".pth.tar", ".csv", ".log"):
+        mine, other = (_parts(Path(str(p).removesuffix(".pth.tar") + suffix)) for p in (path, expected))
+        places = {**mine, **other}
+        found += [f"{suffix} {place}" for place in places if mine.get(place) != other.get(place)]
     strays = (".tmp", ".previous", ".lock")
-    return found + [f"stray {file.name}" for file in folder.iterdir() if file.suffix in strays]
+    return found + [f"stray {file.name}" for file in Path(path).parent.iterdir() if file.suffix in strays]
 
 
-def _rows(path):
-    """The rows of the metrics; of a log, the epochs' rows without their speed."""
-    if path.suffix == ".csv":
-        return list(csv.reader(path.open()))
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line[: line.index("images/s") - 1] for line in lines if "images/s" in line]
+def _parts(path):
+    """What a file holds, by place: tensors as their bytes; of a log the epochs' rows without their speed."""
+    if path.suffix == ".tar":
+        leaves, structure = pytree.tree_flatten_with_path(outcome(path))
+        return {"structure": structure, **{pytree.keystr(place): _bits(value) for place, value in leaves}}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".log":
+        rows = [line.split() for line in lines]
+        lines = [row[: row.index("images/s") - 1] for row in rows if "images/s" in row]
+    return dict(enumerate(lines))
+
+
+def _bits(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    return type(value), value
 
 
 # ---------------------------------------------------------------- soak
 
 
-def interrupted_run(script, options, folder, seconds, chance, budget):
-    """Run a script to its end, killed at random moments at most `budget` times; return the signals sent."""
-    sent, log = [], folder / "output.txt"
-    while True:
-        process = start(script, [*options, "--resume"], folder, log)
+def run_once(script, place, whole, *flags):
+    """Start a tiny run of a script in the folder `place`; stage 2 starts from the stage 1 in `whole`."""
+    more = {} if script == SCRIPTS[0] else {"init_from": whole / f"{SCRIPTS[0]}.pth.tar"}
+    more |= {"num_steps": 2} if script.endswith("pgd") else {}
+    options = tiny(place / f"{script}.pth.tar", **more, save_every_minutes=0.002)
+    return start(script, [*options, *flags], place, place / "output.txt")
+
+
+def status_of(process, place, *allowed):
+    """The exit status of a process; SystemExit with its last words when it is none of `allowed`."""
+    status = finish(process)
+    if status not in allowed:
+        raise SystemExit(f"a run ended with {status}:\n{(place / 'output.txt').read_text()[-2000:]}")
+    return status
+
+
+def interrupted(script, place, whole, seconds, chance):
+    """Run a script to its end, killed at random moments up to a dozen times; return the signals sent."""
+    sent = []
+    for signum in chance.choices(SIGNALS, k=chance.randint(3, 12)):
+        process = run_once(script, place, whole, "--resume")
         process.began.poll(100)
-        if len(sent) < budget:
-            process.join(chance.uniform(0, 0.5 * seconds))
-        if not process.is_alive() or len(sent) == budget:
-            status = finish(process)
-            if status == 0:
-                return sent
-            raise SystemExit(f"{script} ended with {status}:\n{log.read_text()[-2000:]}")
-        signum = chance.choice(SIGNALS)
-        os.kill(process.pid, signum)
-        status = finish(process)
-        if status == 0:
+        process.join(chance.uniform(0, 0.5 * seconds))
+        if process.is_alive():
+            os.kill(process.pid, signum)
+        if status_of(process, place, 0, 128 + signum, -signum) == 0:
             return sent
-        sent.append(signum)
-        if status not in (128 + signum, -signum):
-            raise SystemExit(
-                f"{script} got {signum.name} and ended with {status}:\n{log.read_text()[-2000:]}"
-            )
+        sent.append(signum.name)
+    status_of(run_once(script, place, whole, "--resume"), place, 0)
+    return sent
 
 
 def main(config: Config) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    chance = random.Random(config.seed)
-    folder = Path(tempfile.mkdtemp(prefix="soak "))
-    sent, runs, bad = dict.fromkeys(SIGNALS, 0), 0, 0
-    whole, seconds = {}, {}
-    finish(start("softmax_training", ["--help"], folder))  # waits until torch is imported
+    chance, folder = random.Random(config.seed), Path(tempfile.mkdtemp(prefix="soak "))
+    sent, runs, bad, seconds, whole = collections.Counter(), 0, 0, {}, folder / "whole"
+    whole.mkdir()
+    finish(start(SCRIPTS[0], ["--help"], folder))  # waits until torch is imported
     for script in SCRIPTS:
-        whole[script] = folder / "whole" / f"{script}.pth.tar"
         started = time.monotonic()
-        status = finish(start(script, options_of(script, whole[script], whole), folder, folder / "whole.txt"))
+        status_of(run_once(script, whole, whole), whole, 0)
         seconds[script] = time.monotonic() - started
-        if status:
-            raise SystemExit(f"{script} ended with {status}:\n{(folder / 'whole.txt').read_text()[-2000:]}")
-    while sum(sent.values()) < config.kills:
-        script = SCRIPTS[runs % len(SCRIPTS)]
-        place = folder / f"run {runs}"
+    while sent.total() < config.kills:
+        script, place = SCRIPTS[runs % len(SCRIPTS)], folder / f"run {runs}"
         place.mkdir()
-        path = place / f"{script}.pth.tar"
-        options, budget = options_of(script, path, whole), chance.randint(3, 12)
-        signals = interrupted_run(script, options, place, seconds[script], chance, budget)
-        found = compare(path, whole[script])
+        signals = interrupted(script, place, whole, seconds[script], chance)
+        found = compare(place / f"{script}.pth.tar", whole / f"{script}.pth.tar")
         seconds[script] *= 1 if signals else 0.6  # it ended before its first signal: aim earlier
-        for signum in signals:
-            sent[signum] += 1
-        names = " ".join(signum.name for signum in signals)
+        sent.update(signals)
+        names = " ".join(signals)
         utils.say(f"{script}: {len(signals)} kills ({names}): {', '.join(found[:5]) or 'identical'}")
         runs, bad = runs + 1, bad + bool(found)
         if not found:
             shutil.rmtree(place)
-    kills = ", ".join(f"{count} {signum.name}" for signum, count in sent.items())
-    utils.say(
-        f"{sum(sent.values())} kills ({kills}) in {runs} runs: {runs - bad} ended identical, {bad} did not"
-    )
+    kills = ", ".join(f"{count} {name}" for name, count in sent.items())
+    utils.say(f"{sent.total()} kills ({kills}) in {runs} runs: {runs - bad} ended identical, {bad} did not")
     if bad:
         raise RuntimeError(f"what differs is kept in {folder}")
     shutil.rmtree(folder)
-
-
-def options_of(script, path, whole):
-    """The options of a tiny run of `script`; stage 2 starts from the uninterrupted stage 1."""
-    more = {} if script == "softmax_training" else {"init_from": whole["softmax_training"]}
-    more |= {"num_steps": 2} if script.endswith("pgd") else {}
-    return tiny(path, **more, save_every_minutes=0.002)
 
 
 if __name__ == "__main__":
