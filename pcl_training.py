@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         shared=config.shared_prototypes,
         separation=config.separation,
     ).to(device)
-    if config.prototype_init == "class-means" and not training.resumes(config):
+    if config.prototype_init == "class-means" and not config.resumes:
         criterion.init_class_means(model, dataset.train)
     network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}
     prototypes = criterion.param_groups(config.lr_prox, config.lr_conprox)

@@ -76,7 +76,7 @@ def main(config: Config) -> None:
         shared=config.shared_prototypes,
         separation=config.separation,
     ).to(device)
-    if config.prototype_init == "class-means" and not training.resumes(config):
+    if config.prototype_init == "class-means" and not config.resumes:
         criterion.init_class_means(model, dataset.train)
     network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}
     prototypes = criterion.param_groups(config.lr_prox, config.lr_conprox)
@@ -85,16 +85,8 @@ def main(config: Config) -> None:
 
     def adversary(model_fn, images, labels, generator):
         epsilon = utils.uniform(config.epsilon_min, config.epsilon_max, generator)
-        return attacks.pgd(
-            model_fn,
-            images,
-            labels,
-            epsilon,
-            step_size=config.step_size,
-            num_steps=config.num_steps,
-            random_start=True,
-            generator=generator,
-        )
+        steps = {"step_size": config.step_size, "num_steps": config.num_steps, "random_start": True}
+        return attacks.pgd(model_fn, images, labels, epsilon, **steps, generator=generator)
 
     training.fit(config, dataset, model, criterion, optimizer, scheduler, adversary)
 

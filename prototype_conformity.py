@@ -1,4 +1,4 @@
-"""The joint loss: cross-entropy and, on each supervised feature, the pull and the push of the PCL."""
+"""The criteria: cross-entropy, and the joint loss with the pull and the push of the PCL on each feature."""
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,16 @@ from contrastive_proximity import ContrastiveProximity
 from proximity import Proximity
 
 MEANS_BATCH = 1000  # images at a time when class means are taken
+
+
+class CrossEntropyLoss(nn.Module):
+    """Stage 1's criterion, in the form that `fit` takes: `criterion(outputs, labels) -> (loss, parts)`."""
+
+    terms = ("cross_entropy",)
+
+    def forward(self, outputs, labels):
+        loss = F.cross_entropy(outputs.logits.float(), labels)
+        return loss, {"cross_entropy": loss.detach()}
 
 
 class PrototypeConformityLoss(nn.Module):

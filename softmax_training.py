@@ -2,8 +2,9 @@
 
     python softmax_training.py
 
-The weights it leaves are the softmax row of the table, and where every PCL script starts from. Settings are
-the released ones; edit them below or pass them as options (`--epochs 20 --depth 20`).
+The loss is the mean over a batch of -log softmax(logits)[y]. The weights it leaves are the softmax row of the
+table, and where every PCL script starts from. Settings are the released ones where nothing else is said; edit
+them below or pass them as options (`--epochs 20 --depth 20`).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import cli
 import data
 import training
 import utils
-from cli import Count, Depth, Milestones, Momentum, NotNegative, Positive, Whole
+from cli import Count, Depth, Factor, Milestones, Momentum, NotNegative, Positive, Whole
 from resnet_model import resnet
 
 
@@ -29,7 +30,8 @@ class Config(training.RunConfig):
     epochs: Count = 164  # paper: 200
     batch_size: Count = 128  # paper: 256
     lr: Positive = 0.1
-    warmup: Whole = 1  # first epochs at a tenth of lr; released: 0, which diverges at depth 110
+    warmup: Whole = 1  # first epochs at warmup_factor * lr; released: 0, which diverges at depth 110
+    warmup_factor: Factor = 0.1
     momentum: Momentum = 0.9
     weight_decay: NotNegative = 1e-4
     milestones: Milestones = (81, 122, 140)  # epochs after which the rate is multiplied by gamma
@@ -44,16 +46,11 @@ def main(config: Config) -> None:
     )
     model = resnet(len(dataset.classes), config.depth, fc_dim=config.fc_dim).to(device)
     criterion = training.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.SGD([network], lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.gamma)
     if config.warmup:
-        warmup = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, config.warmup)
+        warmup = torch.optim.lr_scheduler.ConstantLR(optimizer, config.warmup_factor, config.warmup)
         scheduler = torch.optim.lr_scheduler.ChainedScheduler([warmup, scheduler], optimizer)
     training.fit(config, dataset, model, criterion, optimizer, scheduler)
 

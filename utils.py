@@ -134,6 +134,15 @@ def select_device(name):
     return device
 
 
+def select_precision(name, device):
+    """Return torch.bfloat16 or torch.float32; `auto` is bfloat16 where the hardware has it natively."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and native) else torch.float32
+
+
 def generator(seed, *key):
     """Return a CPU torch.Generator that depends on (seed, *key) alone: counter-based randomness."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()

@@ -140,7 +140,8 @@ def epoch(subject: Subject, row: str) -> Callable[[], Tensor | None]:
 
     def attack_epoch():
         for index, images, labels in data.epoch_batches(split, recipe.batch_size):
-            attack(data.to_float(images).contiguous(memory_format=torch.channels_last), labels, index)
+            images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+            attack(images, labels, utils.generator(0, "attack", index))
 
     return data_epoch if row == "data" else attack_epoch if row in INNER else training_epoch
 
@@ -166,23 +167,24 @@ def begin(subject: Subject, row: str) -> tuple[training.Run, Callable, Callable]
     """Begin the run of a row's script on the weights and images of `subject`.
 
     The script itself sets it up: it is given the images, and what it asks of `training.fit` is kept. Returns
-    (the run, train() for one epoch, attack(images, labels, batch) -> images of adversarial training or None).
+    (the run, train() for one epoch, attack(images, labels, generator) of adversarial training or None).
     """
     runs, split = [], subject.split(row)
     dataset = dataclasses.replace(subject.dataset, train=split, test=split)
 
     def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None):
         model.load_state_dict({name: subject.weights[name] for name in model.state_dict()})
-        runs.append(training.Run(config, dataset, model, criterion, optimizer, scheduler, adversary))
+        run = training.Run(config, dataset, model, criterion, optimizer, scheduler)
+        runs.append((run, training.make_forward(run), adversary and training.make_attack(run, adversary)))
 
     torch.compiler.reset()  # each row compiles for itself, as its script would
     given = mock.patch.object(data, "load", lambda *_, **__: dataset)
     with given, mock.patch.multiple(training, fit=fit, start_from=lambda *_: None):
         SCRIPTS[row].main(subject.recipe(row))
-    run = runs[0]
+    run, forward, attack = runs[0]
 
     def train():
-        run.train_epoch(utils.StopSignals())
-        run.epoch, run.batch, run.sums, run.images = run.epoch + 1, 0, {}, 0
+        training.train_epoch(run, forward, attack, utils.StopSignals())
+        run.progress.end_epoch({})
 
-    return run, train, run.attack if run.adversary else None
+    return run, train, attack

@@ -22,7 +22,6 @@ import torch
 import cli
 import data
 import evaluation
-import training
 import utils
 from benchmarks import ours, plain, timing
 from cli import Count, Depth, JsonFile, Seed, Whole
@@ -164,7 +163,7 @@ def mib(value: float | None) -> str:
 
 def footnotes(config: Config, depth: int, device: torch.device) -> list[str]:
     facts, versions = timing.hardware(device), utils.versions()
-    precision = str(training.select_precision(config.precision, device)).removeprefix("torch.")
+    precision = str(utils.select_precision(config.precision, device)).removeprefix("torch.")
     return [
         f"Depth {depth}, batch {config.batch_size}; our training in {precision}, all else in float32"
         f"{' (plain training: TF32)' if device.type == 'cuda' else ''}; "

@@ -1,0 +1,100 @@
+"""The joint loss: the sum of its terms, the released step of its prototypes, one graph for every weight."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import utils
+from prototype_conformity import CrossEntropyLoss, PrototypeConformityLoss
+from resnet_model import Outputs, resnet
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return resnet(10, 8)
+
+
+def test_stage_1_is_the_joint_loss_without_prototypes():
+    outputs, labels = Outputs(*torch.randn(3, 4, 8), torch.randn(4, 10)), torch.arange(4)
+    criteria = CrossEntropyLoss(), PrototypeConformityLoss(10, {"fc": 8}, 0.0, 0.0)
+    (loss, parts), (other, other_parts) = (criterion(outputs, labels) for criterion in criteria)
+    assert loss == other and parts == other_parts and criteria[0].terms == criteria[1].terms
+
+
+@pytest.mark.parametrize("layers", [("fc",), ("layer2", "layer3", "fc")])
+@pytest.mark.parametrize(("pull", "push"), [(1.0, 1e-4), (0.0, 1e-4), (0.3, 0.0), (0.0, 0.0)])
+def test_the_joint_loss_is_the_sum_of_its_terms(model, layers, pull, push):
+    widths = {layer: model.feat_dims[layer] for layer in layers}
+    criterion = PrototypeConformityLoss(10, widths, pull, push)
+    outputs, labels = model(torch.rand(4, 3, 16, 16)), torch.tensor([1, 3, 3, 9])
+    loss, parts = criterion(outputs, labels)
+    expected = F.cross_entropy(outputs.logits, labels)
+    for layer in layers:
+        features = getattr(outputs, layer)
+        if pull:
+            expected = expected + pull * criterion.proximity[layer](features, labels)
+        if push:
+            expected = expected - push * criterion.contrastive[layer](features, labels)
+    torch.testing.assert_close(loss, expected)
+    assert list(parts) == list(criterion.terms) and not any(part.requires_grad for part in parts.values())
+    assert len(list(criterion.parameters())) == len(layers) * (bool(pull) + bool(push))
+
+
+def test_one_step_of_the_prototypes_is_the_released_one(model):
+    """Released: the gradient divided by the loss weight, then plain SGD at lr_prox and lr_conprox."""
+    criterion = PrototypeConformityLoss(10, {"fc": 1024}, 0.7, 1e-3)
+    before = copy.deepcopy(criterion)
+    features, labels = torch.randn(6, 1024), torch.tensor([0, 1, 1, 2, 5, 9])
+    outputs = model(torch.rand(6, 3, 8, 8))._replace(fc=features)
+    criterion(outputs, labels)[0].backward()
+    torch.optim.SGD(criterion.param_groups(0.5, 1e-2), lr=123.0).step()
+    for terms, old, sign, lr in (
+        (criterion.proximity, before.proximity, 1, 0.5),
+        (criterion.contrastive, before.contrastive, -1, 1e-2),
+    ):
+        centers = old["fc"].centers
+        (gradient,) = torch.autograd.grad(sign * old["fc"](features, labels), centers)
+        torch.testing.assert_close(terms["fc"].centers, centers - lr * gradient)
+
+
+def test_shared_prototypes_are_one_parameter_in_one_group():
+    criterion = PrototypeConformityLoss(10, {"fc": 8, "layer3": 4}, 1.0, 0.1, shared=True)
+    assert criterion.contrastive["fc"].centers is criterion.proximity["fc"].centers
+    (group,) = criterion.param_groups(0.5, 1e-4)
+    assert len(group["params"]) == 2 and group["lr"] == 0.5
+
+
+def test_another_weight_of_the_loss_is_no_other_graph():
+    torch.compiler.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    outputs, labels = Outputs(*torch.randn(3, 4, 8), torch.randn(4, 10)), torch.arange(4)
+    for weight in (1.0, 0.1, 0.01):
+        criterion = PrototypeConformityLoss(10, {"layer3": 8, "fc": 8}, weight, weight / 10)
+        loss, _ = torch.compile(criterion.forward, backend=counting, fullgraph=True)(outputs, labels)
+        torch.testing.assert_close(loss, criterion(outputs, labels)[0])
+    assert len(graphs) == 1
+
+
+def test_class_means_of_a_class_without_images_keep_the_drawn_prototype(model):
+    dataset = data.load("synthetic", "data", limit=7)  # 10 classes: three have no image
+    criterion = PrototypeConformityLoss(10, {"fc": 1024}, 1.0, 1e-4)
+    drawn = criterion.proximity["fc"].centers.detach().clone()
+    criterion.init_class_means(model, dataset.train)
+    centers = criterion.proximity["fc"].centers
+    assert centers.isfinite().all()
+    seen = torch.zeros(10, dtype=torch.bool).index_fill_(0, dataset.train.labels, True)
+    assert torch.equal(centers[~seen], drawn[~seen]) and (~seen).sum() == 3
+    with torch.no_grad(), utils.evaluating(model):
+        features = model(data.to_float(dataset.train.images)).fc
+    for label in dataset.train.labels.unique():
+        expected = features[dataset.train.labels == label].double().mean(0)
+        torch.testing.assert_close(centers[label].double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,10 @@
+"""What the four training scripts share: `fit` trains, saves, logs and resumes; `loop.py` shows the step."""
+
+# ruff: noqa: F401  # the imported names are the package's own
+
+from prototype_conformity import CrossEntropyLoss, PrototypeConformityLoss
+
+from .config import RunConfig
+from .loop import accuracy, fit, make_attack, make_forward, train_epoch
+from .run import Run
+from .start import start_from

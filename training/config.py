@@ -1,0 +1,54 @@
+"""What every training script can be told of a run, besides its recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import checkpoints
+import data
+from cli import Count, Positive, Seed, Whole
+from utils import UsageError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the Config of each training script inherits."""
+
+    # data and files
+    dataset: Literal[data.DATASETS] = "cifar10"  # folder: DATA_DIR/{train,test}/<class>/*
+    data_dir: str = "data"  # where the images are, or are downloaded to
+    limit: Count | None = None  # so many images of each split, the first of each class; none: all
+    holdout: Whole = 0  # training images held out, and measured in place of the test images
+    save_to: str = ""  # the checkpoint
+    log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
+    resume: bool = False  # go on with the run at save_to, if there is one
+    overwrite: bool = False  # start anew over the run at save_to
+    # run
+    eval_every: Count = 5  # epochs between measurements of the test accuracy, which chooses nothing
+    save_every_minutes: Positive | None = 10.0  # saves within an epoch too; none: only after each
+    max_minutes: Positive | None = None  # stop after so long, saved, to be resumed
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware has it
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    seed: Seed = 0
+
+    @property
+    def resumes(self):
+        """Whether there is a run to go on with, which has weights and prototypes of its own."""
+        return self.resume and checkpoints.exists(self.save_to)
+
+    @property
+    def log_path(self):
+        return Path(self.log_to or self.save_to.removesuffix(".tar").removesuffix(".pth") + ".log")
+
+    @property
+    def metrics_path(self):
+        return self.log_path.with_suffix(".csv")
+
+    def check(self):
+        """Raise UsageError unless checkpoint, log and metrics are three files."""
+        log = self.log_path
+        if not log.name:
+            raise UsageError(f"--log-to {self.log_to}: names no file")
+        if len({log, self.metrics_path, Path(self.save_to)}) < 3:
+            raise UsageError(f"--log-to {log}: the checkpoint and the metrics (.csv) have names of their own")

@@ -1,0 +1,107 @@
+"""The training loop: `train_epoch` holds the step, `fit` is what a training script calls."""
+
+import torch
+
+import data
+import utils
+from resnet_model import folded
+
+from .compiling import compile_if_asked
+from .run import Run
+
+EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
+
+
+def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None):
+    """Train to `config.epochs`; log a row and save a checkpoint each epoch; resume where `config` says so.
+
+    `adversary(model_fn, images, labels, generator) -> images`, if given, doubles each batch with adversarial
+    images; `model_fn` is the network as it stands, images to logits, frozen and in eval mode. Raises
+    Interrupted after a saved stop (by a signal, or by --max-minutes), DivergenceError, and the faults of
+    `utils`.
+    """
+    with utils.hold(config.save_to), utils.hold(config.log_path):
+        run = Run(config, dataset, model, criterion, optimizer, scheduler)
+        if not run.open():
+            return
+        forward, attack = make_forward(run), adversary and make_attack(run, adversary)
+        with utils.StopSignals() as stop:
+            while not run.finished:
+                train_epoch(run, forward, attack, stop)
+                run.end_epoch(accuracy(model, dataset.test) if run.measures_now else None)
+                run.save_or_leave(stop)
+    utils.say(f"finished: {config.save_to}, sha256 {utils.sha256(config.save_to)}")
+    if stop.received:
+        raise utils.Interrupted(
+            stop.received, f"told to stop in its last epoch; {config.save_to} is finished"
+        )
+
+
+def train_epoch(run, forward, attack, stop):
+    """Train from the batch that the run is at to the end of the epoch."""
+    config, progress = run.config, run.progress
+    order = utils.generator(config.seed, "order", progress.epoch)
+    batches = data.epoch_batches(run.dataset.train, config.batch_size, order, start_batch=progress.batch)
+    run.begin_epoch()
+    run.model.train()
+    for index, images, labels in utils.progress(
+        batches, run.batches, f"epoch {progress.epoch + 1}", progress.batch
+    ):
+        images = data.augment(images, utils.generator(config.seed, "augment", progress.epoch, index))
+        images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+        if attack is not None:
+            attacked = attack(images, labels, utils.generator(config.seed, "attack", progress.epoch, index))
+            images, labels = torch.cat([images, attacked]), torch.cat([labels, labels])
+
+        loss, parts, correct = forward(images, labels)
+        terms = {"loss": loss.detach(), **parts}
+        run.watch.see(terms, progress.epoch, index)  # raises DivergenceError: no step follows a lost loss
+
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        run.optimizer.step()
+
+        progress.count(terms, correct, len(labels))
+        progress.batch = index + 1
+        if progress.batch < run.batches:
+            run.save_or_leave(stop)
+
+
+def make_forward(run):
+    """Return the function of a batch: forward(images, labels) -> (loss, its terms, how many are right)."""
+
+    def forward(images, labels):
+        with run.autocast():
+            outputs = run.model(images)
+        loss, parts = run.criterion(outputs, labels)
+        return loss, parts, (outputs.logits.detach().argmax(1) == labels).sum()
+
+    return compile_if_asked(forward, run.config, run.device)
+
+
+def make_attack(run, adversary):
+    """Return attack(images, labels, generator) -> images: the adversary's, of the network as it stands.
+
+    The adversary gets a frozen copy of the network, in eval mode and in the training precision.
+    """
+    frozen = folded(run.model, run.dtype)
+    model_fn = compile_if_asked(frozen, run.config, run.device)
+
+    def attack(images, labels, generator):
+        frozen.refresh()
+        with run.autocast():
+            attacked = adversary(model_fn, images, labels, generator)
+        return attacked.contiguous(memory_format=torch.channels_last)
+
+    return attack
+
+
+@torch.no_grad()
+def accuracy(model, split):
+    """Return the accuracy in percent on `split`: float32 (TF32 on a GPU), eval mode, argmax of the logits."""
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    with utils.evaluating(model):
+        for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
+            images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+            correct += (model.logits(images).argmax(1) == labels).sum()
+    return 100 * correct.item() / len(split)

@@ -1,0 +1,30 @@
+"""Where stage 2 begins: with the weights of stage 1."""
+
+import checkpoints
+import utils
+
+from .loop import accuracy
+
+
+def start_from(model, config, dataset):
+    """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already.
+
+    Raises CheckpointError when depth, class count, class names or held-out images differ. An auxiliary branch
+    that stage 1 did not have keeps its fresh weights.
+    """
+    if config.resumes:
+        return
+    path = config.init_from
+    state, weights, network = checkpoints.read_network(path)
+    for name, value in network.items():
+        if value != getattr(model, name) and not (name == "aux_dim" and value == 0):
+            raise utils.CheckpointError(
+                f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it "
+                "was trained with or another --init-from"
+            )
+    checkpoints.check_classes(state, path, dataset.classes)
+    checkpoints.check_holdout(state, path, dataset)
+    model.load_state_dict({**model.state_dict(), **weights})
+    percent = accuracy(model, dataset.test)
+    epoch = state.get("epoch", "?")
+    utils.say(f"starting from {path}, epoch {epoch}, right on {percent:.2f} % of the {dataset.tested} images")

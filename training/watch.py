@@ -1,0 +1,68 @@
+"""The watch on the loss: no step follows one that is lost, and nothing lost is ever saved."""
+
+import collections
+
+import torch
+
+from utils import DivergenceError
+
+LOOK_EVERY = 50  # batches between looks at the loss where a look waits for the device
+RUNAWAY_WARNING, RUNAWAY_STOP = 1e5, 1e9  # size of a loss term that is suspicious, and one that is lost
+LAST_GOOD = 3  # batches before a lost one whose loss terms are told
+
+
+class Watch:
+    """Raises DivergenceError when a loss is lost; warns, once, of a term that runs away."""
+
+    def __init__(self, optimizer, device, say, save_to):
+        self.optimizer, self.say, self.save_to = optimizer, say, save_to
+        self.look_every = 1 if device.type == "cpu" else LOOK_EVERY
+        self.recent = collections.deque(maxlen=LOOK_EVERY + LAST_GOOD)  # (loss terms, epoch, batch)
+        # Whether a loss was NaN, or ran away: known to the device at once, to the host when it looks.
+        self.lost = torch.zeros((), dtype=torch.bool, device=device)
+        self.warned = False
+
+    def see(self, terms, epoch, batch):
+        """Judge the loss terms of a batch before its step.
+
+        Reading a loss waits for a GPU, so there the run ends at the next look, one in LOOK_EVERY batches, or
+        before a save; until then an optimiser with `fused` leaves the weights as they were.
+        """
+        terms = {name: value.clone() for name, value in terms.items()}  # a CUDA graph overwrites its results
+        self.recent.append((terms, epoch, batch))
+        largest = torch.stack([value.abs() for value in terms.values()]).max()
+        self.lost = self.lost | ~(largest <= RUNAWAY_STOP)  # so written, NaN is larger than anything
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = self.lost.float()  # where it is 1, a fused step does nothing
+        if batch % self.look_every == 0:
+            if self.lost:
+                raise self.divergence()
+            if not self.warned and largest > RUNAWAY_WARNING:
+                self.warned = True
+                self.say(f"warning: a loss term is running away: {in_words(*self.recent[-1])}")
+
+    def check(self, tensors):
+        """Raise DivergenceError when a loss was lost, or one of `tensors` holds NaN or Inf."""
+        values = torch.cat([tensor.flatten() for tensor in tensors if tensor.is_floating_point()])
+        if self.lost or not values.isfinite().all():
+            raise self.divergence()
+
+    def divergence(self):
+        """The error that tells the first lost batch of the recent ones, and the last good ones before it."""
+        lost = next((i for i, (terms, *_) in enumerate(self.recent) if is_lost(terms)), len(self.recent))
+        recent = [in_words(*entry) for entry in self.recent]
+        what = (*recent[lost : lost + 1], "a weight or a loss is NaN or Inf")[0]
+        before = " | ".join(recent[max(0, lost - LAST_GOOD) : lost]) or "none since the start"
+        return DivergenceError(
+            f"diverged: {what}; the last good batches: {before}; lower --lr or the loss weights; "
+            f"{self.save_to} is as it was last saved"
+        )
+
+
+def is_lost(terms):
+    return any(not abs(value.item()) <= RUNAWAY_STOP for value in terms.values())
+
+
+def in_words(terms, epoch, batch):
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+    return f"epoch {epoch + 1}, batch {batch + 1}: {values}"
