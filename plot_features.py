@@ -9,8 +9,6 @@ they are and not of their projection, are printed and written as JSON beside it.
 (`pip install matplotlib`), the numbers do not.
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,25 +16,28 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import attacks
 import checkpoints
 import cli
 import data
 import evaluation
+import robustness
 import utils
 from cli import Count, Epsilon, NotNegative, Seed, StepSize
-from robustness import checkpoints_of
+from evaluation import report, trials
 
 SUFFIXES = (".png", ".pdf", ".svg")
 LAYERS = ("layer2", "layer3", "fc")
-ATTACKS = ("noise", "fgsm", "bim", "mim", "pgd", "apgd", "apgd_dlr")
+# Noise, and what follows the gradient of a loss that every network has.
+ATTACKS = (
+    "noise",
+    *(name for name, attack in evaluation.ATTACKS.items() if attack.loss and not attack.needs_prototypes),
+)
 # Petroff, "Accessible color sequences for data visualization" (2021), made for the colour-blind too; of its
 # two greys, the pair most alike, the darker is near black here.
 COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
     "#a96b59", "#e76300", "#b9ac70", "#222222", "#92dadd",
 )  # fmt: skip
-PGD_STEP = 2 / 255  # the released step; BIM and MIM take epsilon / num_steps
 HEADINGS = {  # of the numbers in the table
     "accuracy": "Accuracy %",
     "within": "Within",
@@ -61,7 +62,7 @@ class Config:
     # features
     layer: Literal[LAYERS] = "fc"  # layer2, layer3 or fc, the penultimate one
     # attack
-    attack: Literal[ATTACKS] = "pgd"  # noise, fgsm, bim, mim, pgd, apgd or apgd_dlr
+    attack: Literal[ATTACKS] = "pgd"  # by the names and with the settings of robustness.py
     epsilon: Epsilon = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
     num_steps: Count = 10  # of all but FGSM
     step_size: StepSize | None = None  # none: as released, epsilon / num_steps for BIM and MIM, 2/255 for PGD
@@ -93,47 +94,23 @@ class Column(NamedTuple):
     numbers: dict[str, dict[str, float | None]]
 
 
-def choose_attack(config: Config) -> Callable[..., Tensor]:
-    """The attack of `config` as a function (model_fn, images, labels, generator) -> images."""
-    steps = {"num_steps": config.num_steps}
-    sized = {**steps, "step_size": config.step_size}
-    pgd = {**steps, "step_size": config.step_size or PGD_STEP, "random_start": config.random_start}
-    options = {
-        "bim": sized,
-        "mim": {**sized, "decay": config.decay},
-        "pgd": pgd,
-        "apgd": steps,
-        "apgd_dlr": steps,
-    }
-
-    def attack(model_fn, images, labels, generator):
-        extra = {"generator": generator} if config.attack in ("noise", "pgd", "apgd", "apgd_dlr") else {}
-        function, settings = attacks.ATTACKS[config.attack], options.get(config.attack, {})
-        return function(model_fn, images, labels, config.epsilon, **settings, **extra)
-
-    return attack
-
-
-def collect(config: Config, target: evaluation.Target, split: data.Split) -> dict[str, Cloud]:
+def collect(config, target, split):
     """The features of `split` at `config.layer`: `clean` and under the attack, in the order of the split.
 
-    Float32 in eval mode, block by block as in `robustness.py`: the same attacked images for the same seed.
+    Float32 in eval mode; for the same settings and seed the images are those of `robustness.py`.
     """
-    attack = choose_attack(config)
+    names = ("epsilon", "num_steps", "step_size", "random_start", "decay")
+    same = {name: getattr(config, name) for name in names}
+    trial = trials.make(config.attack, robustness.Config(**same, apgd_steps=config.num_steps))
     blocks = {"clean": [], "attacked": []}
-    starts = range(0, len(split), config.batch_size)
-    for block, start in enumerate(utils.progress(starts, len(starts), target.label)):
-        labels = split.labels[start : start + config.batch_size]
-        images = data.to_float(split.images[start : start + config.batch_size])
-        images = images.contiguous(memory_format=torch.channels_last)
-        generator = utils.generator(config.seed, "evaluation", block)
-        with evaluation.exact_float32():
-            attacked = attack(target.view, images, labels, generator)
-            with torch.no_grad():
-                outputs = {"clean": target.judge(images), "attacked": target.judge(attacked)}
-        for name, output in outputs.items():
-            correct = output.logits.argmax(1) == labels
-            blocks[name].append((getattr(output, config.layer).cpu().double(), correct.cpu()))
+    starts, size = range(0, len(split), config.batch_size), config.batch_size
+    for start in utils.progress(starts, len(starts), target.label):
+        clean, attacked, labels, _ = evaluation.attack_block(target, trial, split, start, size, config.seed)
+        for name, images in (("clean", clean), ("attacked", attacked)):
+            with evaluation.exact_float32(), torch.no_grad():
+                outputs = target.model(images)
+            correct = outputs.logits.argmax(1) == labels
+            blocks[name].append((getattr(outputs, config.layer).cpu().double(), correct.cpu()))
     rows = {name: Cloud(*map(torch.cat, zip(*parts, strict=True))) for name, parts in blocks.items()}
     for name, cloud in rows.items():
         if not cloud.features.isfinite().all():
@@ -141,23 +118,23 @@ def collect(config: Config, target: evaluation.Target, split: data.Split) -> dic
     return rows
 
 
-def read_prototypes(path: str, layer: str, shape: tuple[int, int]) -> Tensor | None:
-    """The prototypes a checkpoint's features at `layer` were pulled to, float64, or None where it has none.
+def prototypes_of(target, layer):
+    """The prototypes that features at `layer` were pulled to, float64, on the CPU; None where there are none.
 
-    Without a pull they are those features were pushed from. Others than of `shape` are none.
+    Without a pull they are those that features were pushed from.
     """
-    criterion = checkpoints.load(path).get("criterion")
-    for term in ("proximity", "contrastive"):
-        centers = criterion.get(f"{term}.{layer}.centers") if isinstance(criterion, dict) else None
-        if isinstance(centers, Tensor) and centers.shape == shape and centers.isfinite().all():
-            return centers.double()
+    if target.prototypes is None:
+        return None
+    for terms in (target.prototypes.proximity, target.prototypes.contrastive):
+        if layer in terms:
+            return terms[layer].centers.cpu().double()
     return None
 
 
 # ---------------------------------------------------------------- two dimensions
 
 
-def principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
+def principal_axes(features):
     """The frame in which N x D features, D from 2 up, are drawn: origin (D,) and axes (2, D), in float64.
 
     Orthonormal directions of largest variance, the larger first; of either direction's two signs the one
@@ -172,7 +149,7 @@ def principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
     return origin, axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
 
 
-def project(features: Tensor, origin: Tensor, axes: Tensor) -> Tensor:
+def project(features, origin, axes):
     """Coordinates, N x 2, of N x D features in the frame of `principal_axes`."""
     return (features.double() - origin) @ axes.T
 
@@ -180,49 +157,49 @@ def project(features: Tensor, origin: Tensor, axes: Tensor) -> Tensor:
 # ---------------------------------------------------------------- numbers
 
 
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def class_means(features, labels, num_classes):
     """The mean feature of each class, num_classes x D, NaN for a class without images."""
     sums = torch.zeros(num_classes, features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
     return sums / torch.bincount(labels, minlength=num_classes)[:, None]
 
 
-def pair_distances(features: Tensor, labels: Tensor) -> tuple[float | None, float | None]:
+def pair_distances(features, labels):
     """Mean Euclidean distance of two images of one class, and of two of different classes.
 
     Every pair counts once; an image and itself are no pair. None: there is no such pair.
     """
     features = features - features.mean(0)  # what cdist loses grows with the distance from the origin
-    same_sum = other_sum = same_count = other_count = 0.0
+    sums, counts = [0.0, 0.0], [0, 0]
     for start in range(0, len(labels), BLOCK):
         rows = slice(start, start + BLOCK)
         distances = torch.cdist(features[rows], features)
         same = labels[rows, None] == labels
         distances.diagonal(start).zero_()
-        same_sum += distances[same].sum().item()
-        other_sum += distances[~same].sum().item()
-        same_count += same.sum().item() - len(distances)
-        other_count += (~same).sum().item()
-    return same_sum / same_count if same_count else None, other_sum / other_count if other_count else None
+        for index, mask in enumerate((same, ~same)):
+            sums[index] += distances[mask].sum().item()
+            counts[index] += mask.sum().item()
+    counts[0] -= len(labels)
+    return tuple(total / count if count else None for total, count in zip(sums, counts, strict=True))
 
 
-def overlap(features: Tensor, labels: Tensor, means: Tensor) -> float:
+def overlap(features, labels, means):
     """Percent of the images whose nearest class mean is not that of their own class."""
     nearest = torch.cdist(features, means).nan_to_num(torch.inf).argmin(1)
     return 100 * (nearest != labels).double().mean().item()
 
 
-def shown(features: Tensor, points: Tensor) -> float | None:
+def shown(features, points):
     """Percent of the variance of N x D features that their N x 2 projection holds; None: they do not vary."""
     total = features.var(0, correction=0).sum().item()
     return 100 * points.var(0, correction=0).sum().item() / total if total else None
 
 
-def measure(rows: dict[str, Cloud], labels: Tensor, num_classes: int) -> dict[str, dict[str, float | None]]:
+def measure(rows, points, labels, num_classes):
     """What the picture shows as numbers, for clean and attacked images, None where there is no such number.
 
     accuracy: percent classified right. within, between, ratio: `pair_distances` and their quotient. overlap:
     percent nearer to the clean mean of another class than to their own's. moved: mean distance between an
-    image's feature and its clean feature.
+    image's feature and its clean feature. shown: percent of the variance that the `points` hold.
     """
     clean = rows["clean"].features
     means = class_means(clean, labels, num_classes)
@@ -236,76 +213,51 @@ def measure(rows: dict[str, Cloud], labels: Tensor, num_classes: int) -> dict[st
             "ratio": within / between if within is not None and between else None,
             "overlap": overlap(features, labels, means),
             "moved": (features - clean).norm(dim=1).mean().item(),
+            "shown": shown(features, points[name]),
         }
     return numbers
 
 
-def make_column(config: Config, target: evaluation.Target, dataset: data.Dataset) -> Column:
+def make_column(config, target, dataset):
     """Attack, project and measure one checkpoint."""
     rows = collect(config, target, dataset.test)
-    origin, axes = principal_axes(rows["clean"].features)
-    points = {name: project(cloud.features, origin, axes) for name, cloud in rows.items()}
-    shape = (len(dataset.classes), axes.shape[1])
-    prototypes = read_prototypes(target.path, config.layer, shape)
-    drawn = None if prototypes is None else project(prototypes, origin, axes)
-    numbers = measure(rows, dataset.test.labels.cpu(), len(dataset.classes))
-    for name, cloud in rows.items():
-        numbers[name]["shown"] = shown(cloud.features, points[name])
+    frame = principal_axes(rows["clean"].features)
+    points = {name: project(cloud.features, *frame) for name, cloud in rows.items()}
+    prototypes = prototypes_of(target, config.layer)
+    drawn = None if prototypes is None else project(prototypes, *frame)
+    numbers = measure(rows, points, dataset.test.labels.cpu(), len(dataset.classes))
     return Column(target, rows, points, drawn, numbers)
 
 
 # ---------------------------------------------------------------- reports
 
 
-def to_markdown(columns: list[Column]) -> str:
-    """The numbers as a table: two rows a checkpoint, clean and attacked."""
-    names = list(HEADINGS)
-    table = [["Checkpoint", "Images", *HEADINGS.values()]]
+def table(columns):
+    """The numbers in Markdown: two rows a checkpoint, clean and attacked."""
+    rows = [["Checkpoint", "Images", *HEADINGS.values()]]
     for column in columns:
-        for row, numbers in column.numbers.items():
-            cells = ["-" if numbers[name] is None else f"{numbers[name]:.4g}" for name in names]
-            table.append([column.target.label, row, *cells])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+        for name, numbers in column.numbers.items():
+            cells = ["-" if numbers[key] is None else f"{numbers[key]:.4g}" for key in HEADINGS]
+            rows.append([column.target.label, name, *cells])
+    return utils.markdown_table(rows)
 
 
-def to_json(config: Config, dataset: data.Dataset, columns: list[Column]) -> str:
-    """The numbers with all that is needed to repeat them, as JSON text."""
-    checkpoints = [
-        {
-            "path": column.target.path,
-            "sha256": column.target.sha256,
-            "label": column.target.label,
-            "depth": column.target.depth,
-            "origin": column.target.origin,
-            "feature_width": column.rows["clean"].features.shape[1],
-            "prototypes": column.prototypes is not None,
-            **column.numbers,
-        }
-        for column in columns
-    ]
-    report = {
-        "settings": cli.config_dict(config),
-        "data": dataset.describe(),
-        "classes": list(dataset.classes),
-        "checkpoints": checkpoints,
-        "versions": utils.versions(),
-    }
-    return json.dumps(report, indent=2) + "\n"
+def entry(column):
+    """What the JSON file says of one checkpoint."""
+    width = column.rows["clean"].features.shape[1]
+    found = {"feature_width": width, "prototypes": column.prototypes is not None}
+    return {**report.about(column.target), **found, **column.numbers}
 
 
-def attack_title(config: Config) -> str:
+def attack_title(config):
     """The attack as a heading has it: its name and its radius."""
-    name = config.attack if config.attack == "noise" else config.attack.upper().replace("_", "-")
-    return f"{name}, ε = {255 * config.epsilon:.4g}/255"
+    return f"{evaluation.ATTACKS[config.attack].title}, ε = {evaluation.in_255ths(config.epsilon)}"
 
 
 # ---------------------------------------------------------------- the picture
 
 
-def palette(count: int) -> list:
+def palette(count):
     """`count` colours: the ten of the palette, or, where there are more classes, a walk round the hues."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
@@ -314,42 +266,37 @@ def palette(count: int) -> list:
     return [matplotlib.colormaps["hsv"](index / count) for index in range(count)]
 
 
-def view(column: Column) -> tuple[list[float], float]:
+def view(column):
     """Centre (x, y) and half the side of a square around 99 % of either row and all prototypes."""
-    clouds = [
-        cloud.quantile(torch.tensor([0.005, 0.995], dtype=cloud.dtype), 0) for cloud in column.points.values()
-    ]
+    middle = torch.tensor([0.005, 0.995], dtype=torch.float64)
+    clouds = [cloud.quantile(middle, 0) for cloud in column.points.values()]
     corners = torch.cat([*clouds, *([] if column.prototypes is None else [column.prototypes])])
     low, high = corners.amin(0), corners.amax(0)
     return ((low + high) / 2).tolist(), 0.54 * (high - low).max().item() or 1.0
 
 
-def draw(config: Config, dataset: data.Dataset, columns: list[Column], figure_class: type) -> object:
+def draw(config, dataset, columns, figure_class):
     """The picture as a matplotlib figure: a column a checkpoint, clean above and attacked below."""
     colours = palette(len(dataset.classes))
     names = dataset.classes if len(dataset.classes) <= LEGEND_LIMIT else ()
     legend_columns = min(3 * len(columns), 6)
     legend_rows = -(-(len(names) + 1) // legend_columns)
-    size = (
-        4.4 * len(columns) + 0.9,
-        10.3 + 0.3 * legend_rows,
-    )  # inches: a panel is at most 4.4 wide and high
+    size = 4.4 * len(columns) + 0.9, 10.3 + 0.3 * legend_rows  # inches: a panel is at most 4.4 by 4.4
     figure = figure_class(figsize=size, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     grid = figure.subplots(2, len(columns), squeeze=False)
     labels = dataset.test.labels.cpu()
     titles = {"clean": "no attack", "attacked": attack_title(config)}
-    for panels, column in zip(grid.T, columns, strict=True):
-        for panel, name in zip(panels, titles, strict=True):
+    for panels, (name, title) in zip(grid, titles.items(), strict=True):
+        panels[0].set_ylabel(title, fontsize=14, labelpad=8)
+        for panel, column in zip(panels, columns, strict=True):
             draw_panel(panel, column, name, labels, colours)
-    for panel, title in zip(grid[:, 0], titles.values(), strict=True):
-        panel.set_ylabel(title, fontsize=14, labelpad=8)
     stars = any(column.prototypes is not None for column in columns)
     legend(figure, dict(zip(names, colours, strict=False)), stars, legend_columns)
     return figure
 
 
-def draw_panel(panel, column: Column, name: str, labels: Tensor, colours: list) -> None:
+def draw_panel(panel, column, name, labels, colours):
     """One row of one column: the points in random order, so that no class lies on top, and the prototypes."""
     order = torch.randperm(len(labels), generator=utils.generator(0, "order of drawing"))
     size = 14 if len(labels) <= 2000 else 6  # points squared
@@ -363,14 +310,13 @@ def draw_panel(panel, column: Column, name: str, labels: Tensor, colours: list) 
     panel.spines[:].set(color="#bbbbbb")
     numbers = column.numbers[name]
     panel.set_title(f"{column.target.label}: accuracy {numbers['accuracy']:.1f} %", fontsize=14)
-    notes = {"within/between": ("ratio", ".2f", ""), "overlap": ("overlap", ".0f", " %")}
-    notes["variance shown"] = ("shown", ".0f", " %")
-    known = {text: note for text, note in notes.items() if numbers[note[0]] is not None}
-    parts = [f"{text} {numbers[key]:{digits}}{unit}" for text, (key, digits, unit) in known.items()]
-    panel.set_xlabel("   ".join(parts), fontsize=10.5, color="#444444")
+    notes = {"ratio": "within/between {:.2f}", "overlap": "overlap {:.0f} %"}
+    notes["shown"] = "variance shown {:.0f} %"
+    known = [note.format(numbers[key]) for key, note in notes.items() if numbers[key] is not None]
+    panel.set_xlabel("   ".join(known), fontsize=10.5, color="#444444")
 
 
-def legend(figure, colours: dict, prototypes: bool, columns: int) -> None:
+def legend(figure, colours, prototypes, columns):
     """One legend for all panels, below them: `colours` by class name, and the star."""
     from matplotlib.lines import Line2D
 
@@ -384,7 +330,7 @@ def legend(figure, colours: dict, prototypes: bool, columns: int) -> None:
         figure.legend(handles=handles, ncols=columns, columnspacing=1.5, handletextpad=0.2, **style)
 
 
-def save_picture(config: Config, dataset: data.Dataset, columns: list[Column]) -> None:
+def save_picture(config, dataset, columns):
     """Draw and write the picture; UsageError without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -399,7 +345,7 @@ def save_picture(config: Config, dataset: data.Dataset, columns: list[Column]) -
 
 
 def main(config: Config) -> None:
-    paths = checkpoints_of(config)
+    paths = robustness.checkpoints_of(config)
     if Path(config.picture).suffix not in SUFFIXES:
         raise utils.UsageError(f"--picture {config.picture}: picture ends in {', '.join(SUFFIXES)}")
     numbers = Path(config.picture).with_suffix(".json")
@@ -409,10 +355,11 @@ def main(config: Config) -> None:
     for path in paths:
         checkpoints.check_file(path)
     dataset = data.load(config.dataset, config.data_dir, limit=config.limit, device=device, splits=("test",))
+    trials.check_classes([config.attack], len(dataset.classes))
     targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
     columns = [make_column(config, target, dataset) for target in targets]
-    utils.write_text(numbers, to_json(config, dataset, columns))
-    utils.say("\n" + to_markdown(columns) + "\n")
+    utils.write_text(numbers, report.to_json(config, dataset, [entry(column) for column in columns]))
+    utils.say("\n" + table(columns) + "\n")
     utils.say(
         f"Features at {config.layer} of {len(dataset.test):,} test images of {dataset.name}; "
         f"attacked: {attack_title(config)}; seed {config.seed}; numbers: {numbers}"

@@ -24,12 +24,9 @@ import checkpoints
 import cli
 import data
 import evaluation
-import pictures
-import reports
-import sanity
-import suite
 import utils
 from cli import Count, Epsilon, JsonFile, NotNegative, Positive, Seed, StepSize, Whole
+from evaluation import autoattack, checks, registry, report, trials
 
 DEFAULT_CHECKPOINTS = (
     "Models_Softmax/CIFAR10_Softmax.pth.tar",
@@ -38,8 +35,8 @@ DEFAULT_CHECKPOINTS = (
     "Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar",
 )
 
-Attacks = tuple[Literal[suite.ATTACKS], ...]
-CurveAttacks = tuple[Literal[tuple(suite.LOSSES)], ...]
+Attacks = tuple[Literal[tuple(evaluation.ATTACKS)], ...]
+CurveAttacks = tuple[Literal[registry.CURVE_ATTACKS], ...]
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,19 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: Seed = 0
 
+    def check(self):
+        """Raise UsageError for options that make no sense together."""
+        if self.restarts > 1 and not self.random_start and not set(self.attacks) & {"apgd-ce", "apgd-dlr"}:
+            raise utils.UsageError(f"--restarts {self.restarts}: would repeat one run; add --random-start")
+        if "joint" in self.attacks and self.predict == "prototype":
+            raise utils.UsageError(
+                "--attacks joint: is a loss on the logits; --predict softmax, or prototype"
+            )
+        if "transfer" in self.attacks and self.source_checkpoint is None:
+            raise utils.UsageError(
+                "--attacks transfer: needs --source-checkpoint, the network to make images on"
+            )
+
 
 def checkpoints_of(config) -> list[str]:
     """The files to measure: those named, else the scripts' own that exist, else all in the scripts' folders.
@@ -98,66 +108,45 @@ def checkpoints_of(config) -> list[str]:
 
 
 def main(config: Config) -> None:
+    config.check()
     paths = checkpoints_of(config)
-    suite.check(config)
+    if "autoattack" in config.attacks:
+        autoattack.find()
     with utils.hold(config.results):
-        measure(config, paths)
+        results = prepare(config, paths)
+        results.resume()
+        evaluation.measure_all(results)
+        report.publish(results)
+        results.remove()
 
 
-def measure(config: Config, paths: list[str]) -> None:
-    for output in reports.outputs(config):
+def prepare(config: Config, paths: list[str]) -> evaluation.Results:
+    """Everything that is measured, with all that could be in the way of it found before any attack."""
+    for output in report.outputs(config):
         utils.prepare_output(output)
     if config.save_images is not None:
         utils.prepare_output(Path(config.save_images) / "image")
     device = utils.select_device(config.device)
-    if config.batch_size is None:
-        config = dataclasses.replace(config, batch_size=500 if device.type == "cuda" else 100)
+    size = config.batch_size or (500 if device.type == "cuda" else 100)
+    config = dataclasses.replace(config, batch_size=size)
     for path in paths:
         checkpoints.check_file(path)
-    dataset = data.load(
-        config.dataset,
-        config.data_dir,
-        limit=config.limit,
-        holdout=config.holdout,
-        device=device,
-        splits=("test",),
-    )
+    select = {"limit": config.limit, "holdout": config.holdout, "device": device, "splits": ("test",)}
+    dataset = data.load(config.dataset, config.data_dir, **select)
     targets = [evaluation.load_target(path, device, dataset.classes, config.predict) for path in paths]
     for target in targets:
         checkpoints.check_holdout(target.origin, target.path, dataset)
-    path = config.source_checkpoint
+    path, classes = config.source_checkpoint, len(dataset.classes)
     source = None if path is None else evaluation.load_target(path, device, dataset.classes)
-    trials = suite.table(config, len(dataset.classes), source)
-    points = suite.curves(config, len(dataset.classes))
-    checks = sanity.trials(config, len(dataset.classes), source) if config.sanity else {}
-    identity = evaluation.fingerprint(config, dataset, targets, source)
-    progress = evaluation.Progress(config.results, identity)
-    everything = [*trials, *(point.trial for point in points), *checks.values()]
-    progress.open(config.resume, config.overwrite)
-    evaluation.measure_all(config, targets, dataset.test, everything, progress)
-    report(config, dataset, targets, trials, points, checks, progress)
-    progress.remove()
-
-
-def report(config, dataset, targets, trials, points, checks, progress):
-    """Write all files, then print the table, its footnotes and the findings of the checks."""
-    findings = {}
-    if checks:
-        for target in targets:
-            findings[target.sha256] = sanity.check(config, target, dataset.test, checks, progress)
-    reports.write(config, dataset, targets, trials, points, findings, progress)
-    utils.say("\n" + reports.to_markdown(targets, trials, progress) + "\n")
-    for line in reports.footnotes(config, dataset, targets, trials, progress):
-        utils.say(line)
-    for label, target in zip(reports.row_labels(targets), targets, strict=True):
-        if checks:
-            utils.say(f"\nsanity of {label}:")
-        for finding in findings.get(target.sha256, ()):
-            utils.say(str(finding))
-    if points and not pictures.curves(targets, points, progress, reports.beside(config, ".curves.png")):
-        utils.say("no picture of the curves: pip install matplotlib")
-    for folder in evaluation.kept_folders(config, targets, trials):
-        pictures.sheet(folder)
+    return evaluation.Results(
+        config,
+        dataset,
+        targets,
+        trials.table(config, classes, source),
+        trials.curves(config, classes),
+        checks.trials(config, classes, source) if config.sanity else {},
+        source,
+    )
 
 
 if __name__ == "__main__":

@@ -314,6 +314,14 @@ def _locked(file, path):
         return True
 
 
+def markdown_table(rows):
+    """Rows of text as a Markdown table, the first row its head; all columns but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
+
+
 def csv_text(columns, rows):
     """Dicts as CSV text, None as an empty cell."""
     out = io.StringIO()

@@ -17,9 +17,9 @@ import pcl_training_adversarial_fgsm
 import pcl_training_adversarial_pgd
 import robustness
 import softmax_training
-import suite
 import training
 import utils
+from evaluation import trials
 from resnet_model import ResNet, resnet
 
 EVALUATIONS = ("fgsm", "bim", "mim", "pgd")
@@ -87,7 +87,7 @@ def make_subject(config, device: torch.device) -> Subject:
             dataset = data.load(config.dataset, config.data_dir, **where)
         splits[name] = getattr(dataset, name)
     if config.init_from is not None:
-        model = evaluation.load_target(config.init_from, device, dataset.classes).judge
+        model = evaluation.load_target(config.init_from, device, dataset.classes).model
     else:
         model = calibrated(resnet(len(dataset.classes), config.depth).to(device), splits["train"])
     if config.dataset == "noise":
@@ -148,7 +148,7 @@ def epoch(subject: Subject, row: str) -> Callable[[], Tensor | None]:
 
 def evaluation_epoch(subject: Subject, row: str) -> Callable[[], Tensor]:
     recipe, split = subject.recipe(row), subject.split(row)
-    trial, options = suite.make(row, recipe), {"batch_size": recipe.batch_size, "seed": recipe.seed}
+    trial, options = trials.make(row, recipe), {"batch_size": recipe.batch_size, "seed": recipe.seed}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth.tar"
         torch.save({"state_dict": subject.weights}, path)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import cli
 import data
 import evaluation
-import suite
 import utils
 from benchmarks import ours, plain, throughput, timing
+from evaluation import trials
 from contrastive_proximity import ContrastiveProximity
 from proximity import Proximity
 
@@ -105,7 +105,7 @@ def test_both_sides_take_the_recipes_of_the_scripts(subject, row):
 def test_the_attacks_make_the_same_images_save_for_rounding(subject, test_images, row):
     images, labels = test_images
     recipe = dataclasses.replace(subject.recipe(row), num_steps=3)
-    trial = suite.make(row, recipe)
+    trial = trials.make(row, recipe)
     for dtype, share in ((torch.float64, 1.0), (torch.float32, 0.999)):  # of pixels that must agree
         model, pixels = subject.model().eval().to(dtype), images.to(dtype)
         target = evaluation.Target("", "", model, model)

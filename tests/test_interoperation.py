@@ -9,8 +9,8 @@ import attacks
 import checkpoints
 import evaluation
 import resnet_model
-import suite
 import utils
+from evaluation import autoattack
 
 CLASSES, EPSILON = ("a", "b", "c", "d"), 8 / 255
 
@@ -96,17 +96,18 @@ def test_robustbench(model, batch):
     assert robustbench.clean_accuracy(model, *batch, batch_size=4) == pytest.approx(5 / 6)
 
 
-@pytest.mark.parametrize("package", suite.AUTOATTACK_PACKAGES)
-def test_suite_runs_the_standard_version(package, model, batch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", autoattack.PACKAGES)
+def test_the_standard_version_is_run(package, model, batch, tmp_path, monkeypatch):
     """Whichever of the two packages is there, all its images are judged, and its messages are kept."""
     reference = pytest.importorskip(package)
     images, labels = batch
     quick = quickened(reference.AutoAttack)
-    monkeypatch.setattr(suite, "find_autoattack", lambda: (package, quick))
+    monkeypatch.setattr(autoattack, "find", lambda: (package, quick))
     before = logging.getLogger("auto-attack").handlers[:]
-    results = [
-        suite.run_autoattack(model, images, labels, EPSILON, seed=3, log=tmp_path / name) for name in "ab"
-    ]
+    results = []
+    for name in "ab":
+        options = {"generator": torch.Generator().manual_seed(3), "log": tmp_path / name}
+        results.append(autoattack.run(model, images, labels, EPSILON, **options))
     assert torch.equal(*results)
     evaluation.check_result(results[0], images, EPSILON)
     assert "apgd-ce" in (tmp_path / "a").read_text().lower()
@@ -136,6 +137,6 @@ def test_autoattack_that_is_not_there_says_what_to_install(monkeypatch):
     def absent(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(suite.importlib, "import_module", absent)
+    monkeypatch.setattr(autoattack.importlib, "import_module", absent)
     with pytest.raises(utils.UsageError, match="pip install pyautoattack"):
-        suite.find_autoattack()
+        autoattack.find()

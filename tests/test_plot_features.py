@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import numpy
 import pytest
@@ -19,29 +16,34 @@ import cli
 import data
 import evaluation
 import plot_features
-import training
+import robustness
 import utils
+from evaluation import trials
 from plot_features import Config
+from prototype_conformity import PrototypeConformityLoss
 from resnet_model import resnet
 
-ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 PIXELS = {"dataset": "synthetic", "limit": 40, "num_steps": 2, "batch_size": 16, "device": "cpu"}
 
 
-def checkpoint(path, script, layers=(), **network):
+def checkpoint(path, script, layers=(), weights=(1.0, 1e-4), **network):
     """A small network with random weights and, at `layers`, prototypes; returns the path as text."""
     torch.manual_seed(len(layers))
     model = resnet(num_classes=10, depth=8, **network)
-    centers = {f"proximity.{layer}.centers": torch.randn(10, model.feat_dims[layer]) for layer in layers}
+    criterion = PrototypeConformityLoss(10, {layer: model.feat_dims[layer] for layer in layers}, *weights)
     state = {
         "script": script,
-        "epoch": 1,
-        "config": {"weight_prox": 1.0, "weight_conprox": 1e-4},
+        "config": {"weight_prox": weights[0], "weight_conprox": weights[1]},
         "state_dict": model.state_dict(),
-        "criterion": centers,
+        "criterion": criterion.state_dict(),
     }
     checkpoints.save(state, path)
     return str(path)
+
+
+def target_of(path, dataset):
+    return evaluation.load_target(path, CPU, dataset.classes)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,8 @@ def test_numbers_of_classes_far_apart_and_of_an_attack_that_swaps_them():
     swapped[:, 0] += 10.0 - 20.0 * labels
     right = torch.ones(20, dtype=torch.bool)
     rows = {"clean": plot_features.Cloud(features, right), "attacked": plot_features.Cloud(swapped, ~right)}
-    numbers = plot_features.measure(rows, labels, 2)
+    points = {name: cloud.features[:, :2] for name, cloud in rows.items()}
+    numbers = plot_features.measure(rows, points, labels, 2)
     assert numbers["clean"]["overlap"] == 0 and numbers["attacked"]["overlap"] == 100
     assert numbers["clean"]["accuracy"] == 100 and numbers["attacked"]["accuracy"] == 0
     assert numbers["clean"]["moved"] == 0 and numbers["attacked"]["moved"] == pytest.approx(10)
@@ -155,46 +158,62 @@ def test_the_sign_of_an_axis_hangs_on_nothing_but_the_axis(seed, count, width):
         torch.testing.assert_close(plot_features.principal_axes(same)[1], axes, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(("layer", "width"), [("layer2", {"aux_dim": 2}), ("fc", {"fc_dim": 2})])
-def test_two_units_are_drawn_as_they_are(layer, width, tmp_path, dataset):
-    path = checkpoint(tmp_path / "two.pth.tar", "pcl_training", (layer,), **width)
-    config = Config(**PIXELS, layer=layer, checkpoints=(path,))
-    target = evaluation.load_target(path, torch.device("cpu"), dataset.classes)
-    column = plot_features.make_column(config, target, dataset)
+@pytest.mark.parametrize(
+    ("layer", "width", "weights", "kind"),
+    [
+        ("layer2", {"aux_dim": 2}, (1.0, 1e-4), "proximity"),
+        ("fc", {"fc_dim": 2}, (1.0, 0.0), "proximity"),
+        ("fc", {"fc_dim": 2}, (0.0, 1.0), "contrastive"),
+    ],
+)
+def test_two_units_are_drawn_as_they_are(layer, width, weights, kind, tmp_path, dataset):
+    """With the prototypes that they were pulled to, or else pushed from."""
+    path = checkpoint(tmp_path / "two.pth.tar", "pcl_training", (layer,), weights, **width)
+    target = target_of(path, dataset)
+    column = plot_features.make_column(Config(**PIXELS, layer=layer), target, dataset)
     with torch.no_grad():
-        features = getattr(target.judge(data.to_float(dataset.test.images)), layer)
+        features = getattr(target.model(data.to_float(dataset.test.images)), layer)
     torch.testing.assert_close(column.points["clean"].float(), features, rtol=1e-4, atol=1e-5)
     assert column.numbers["clean"]["shown"] == pytest.approx(100)
-    assert torch.equal(
-        column.prototypes.float(), checkpoints.load(path)["criterion"][f"proximity.{layer}.centers"]
-    )
+    centers = checkpoints.load(path)["criterion"][f"{kind}.{layer}.centers"]
+    assert torch.equal(column.prototypes.float(), centers)
 
 
 # ---------------------------------------------------------------- features and picture
 
 
-def test_features_are_the_networks_in_the_order_of_the_split(trained, dataset):
-    target = evaluation.load_target(trained[0], torch.device("cpu"), dataset.classes)
-    for layer in plot_features.LAYERS:
-        rows = plot_features.collect(Config(**PIXELS, layer=layer, epsilon=0.0), target, dataset.test)
-        with torch.no_grad():
-            outputs = target.judge(data.to_float(dataset.test.images))
-        torch.testing.assert_close(
-            rows["clean"].features.float(), getattr(outputs, layer), rtol=1e-4, atol=1e-5
-        )
-        assert torch.equal(rows["clean"].correct, outputs.logits.argmax(1) == dataset.test.labels)
-        assert torch.equal(rows["attacked"].features, rows["clean"].features)  # epsilon 0 changes nothing
+@pytest.mark.parametrize("layer", plot_features.LAYERS)
+def test_features_are_the_networks_in_the_order_of_the_split(layer, trained, dataset):
+    target = target_of(trained[0], dataset)
+    rows = plot_features.collect(Config(**PIXELS, layer=layer, epsilon=0.0), target, dataset.test)
+    with torch.no_grad():
+        outputs = target.model(data.to_float(dataset.test.images))
+    features = rows["clean"].features.float()
+    torch.testing.assert_close(features, getattr(outputs, layer), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows["clean"].correct, outputs.logits.argmax(1) == dataset.test.labels)
+    assert torch.equal(rows["attacked"].features, rows["clean"].features)  # epsilon 0 changes nothing
 
 
 @pytest.mark.parametrize("attack", plot_features.ATTACKS)
-def test_every_attack_stays_in_its_ball_and_moves_the_features(attack, trained, dataset):
-    target = evaluation.load_target(trained[0], torch.device("cpu"), dataset.classes)
-    images, labels = data.to_float(dataset.test.images[:8]), dataset.test.labels[:8]
-    config = Config(**PIXELS, attack=attack, epsilon=4 / 255)
-    attacked = plot_features.choose_attack(config)(target.view, images, labels, utils.generator(0, "test"))
-    assert 1 / 255 < (attacked - images).abs().max() <= 4 / 255 + 1e-7
-    rows = plot_features.collect(config, target, data.Split(dataset.test.images[:8], labels))
-    assert (rows["attacked"].features != rows["clean"].features).any(1).all()
+def test_the_attacked_images_are_those_of_robustness_whatever_the_blocks(attack, trained, dataset, tmp_path):
+    """Their features are those of the images that an evaluation with the same settings and seed keeps."""
+    target, split = (
+        target_of(trained[0], dataset),
+        data.Split(dataset.test.images[:7], dataset.test.labels[:7]),
+    )
+    options = {"epsilon": 4 / 255, "num_steps": 2, "random_start": True, "seed": 3}
+    trial = trials.make(attack, robustness.Config(**options, apgd_steps=2))
+    evaluated = evaluation.measure(
+        target, split, trial, evaluation.Outcome(), batch_size=7, seed=3, keep_in=tmp_path / "kept"
+    )
+    list(evaluated)
+    kept = torch.load(tmp_path / "kept" / "00000.pt", weights_only=True)
+    assert 1 / 255 < (kept["adversarial"] - kept["images"]).abs().max() <= 4 / 255
+    with torch.no_grad():
+        features = target.model(kept["adversarial"]).fc.double()
+    config = Config(**{**PIXELS, **options, "batch_size": 3}, attack=attack)
+    found = plot_features.collect(config, target, split)["attacked"].features
+    torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
 
 
 def test_each_dot_has_the_place_and_the_colour_of_its_image(trained, dataset):
@@ -202,7 +221,7 @@ def test_each_dot_has_the_place_and_the_colour_of_its_image(trained, dataset):
     from matplotlib.colors import to_hex
 
     config = Config(**PIXELS, checkpoints=trained)
-    targets = [evaluation.load_target(path, torch.device("cpu"), dataset.classes) for path in trained]
+    targets = [target_of(path, dataset) for path in trained]
     columns = [plot_features.make_column(config, target, dataset) for target in targets]
     again = plot_features.make_column(config, targets[1], dataset)
     assert again.numbers == columns[1].numbers and torch.equal(
@@ -230,7 +249,7 @@ def test_each_dot_has_the_place_and_the_colour_of_its_image(trained, dataset):
 def test_no_text_is_cut_off_or_covered_however_many_columns(trained, dataset):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     config = Config(**PIXELS, layer="layer3", epsilon=0.0)
-    target = evaluation.load_target(trained[1], torch.device("cpu"), dataset.classes)
+    target = target_of(trained[1], dataset)
     column = plot_features.make_column(config, target, dataset)
     for count in (1, 2, 4):
         figure = plot_features.draw(config, dataset, [column] * count, figure_class)
@@ -263,20 +282,11 @@ def options(config):
     return words
 
 
-def run(*words, cwd, path=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, str(ROOT / "plot_features.py"), *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-
-
 def test_the_command_writes_picture_and_numbers(trained, dataset, tmp_path, capsys):
     Image = pytest.importorskip("matplotlib.image")
     picture = tmp_path / "made for it" / "figure.png"
     words = options({**PIXELS, "checkpoints": trained, "picture": picture})
-    config = cli.parse_config(Config, words, {"attack": plot_features.ATTACKS, "layer": plot_features.LAYERS})
-    plot_features.main(config)
+    plot_features.main(cli.parse_config(Config, words))
     pixels = Image.imread(picture)
     height, width, _ = pixels.shape
     assert width > 1000 and height > 1000
@@ -287,19 +297,21 @@ def test_the_command_writes_picture_and_numbers(trained, dataset, tmp_path, caps
     assert [entry["prototypes"] for entry in report["checkpoints"]] == [False, True]
     assert report["settings"]["seed"] == 0 and report["settings"]["attack"] == "pgd"
     for path, entry in zip(trained, report["checkpoints"], strict=True):
-        model = evaluation.load_target(path, torch.device("cpu"), dataset.classes).judge
-        assert entry["clean"]["accuracy"] == pytest.approx(training.accuracy(model, dataset.test))
+        logits = target_of(path, dataset).logits(data.to_float(dataset.test.images))
+        right = (logits.argmax(1) == dataset.test.labels).double().mean().item()
+        assert entry["clean"]["accuracy"] == pytest.approx(100 * right)
         for name in ("within", "between", "overlap"):
             assert f"{entry['attacked'][name]:.4g}" in printed
 
 
-def test_without_matplotlib_the_numbers_are_written_and_the_message_says_what_to_install(trained, tmp_path):
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "matplotlib.py").write_text("raise ImportError('not here')\n")
-    done = run(*options({**PIXELS, "checkpoints": trained[:1]}), cwd=tmp_path, path=blocked)
-    assert done.returncode == 2, done.stderr
-    assert "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
+def test_without_matplotlib_the_numbers_are_written_and_the_message_says_what_to_install(
+    trained, tmp_path, monkeypatch
+):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    config = Config(**PIXELS, checkpoints=trained[:1], picture=str(tmp_path / "features.png"))
+    with pytest.raises(utils.UsageError, match="pip install matplotlib; the numbers are written"):
+        plot_features.main(config)
     report = json.loads((tmp_path / "features.json").read_text())
     assert report["checkpoints"][0]["clean"]["within"] > 0
     assert not (tmp_path / "features.png").exists()
@@ -324,6 +336,6 @@ def test_features_that_are_no_numbers_are_named(trained, dataset, tmp_path):
     state["state_dict"]["fc.weight"] = torch.full_like(state["state_dict"]["fc.weight"], 3e38)
     path = tmp_path / "huge.pth.tar"
     checkpoints.save(state, path)
-    target = evaluation.load_target(path, torch.device("cpu"), dataset.classes)
+    target = target_of(path, dataset)
     with pytest.raises(utils.DivergenceError, match=r"huge\.pth\.tar.*fc"):
         plot_features.collect(Config(**PIXELS, epsilon=0.0), target, dataset.test)

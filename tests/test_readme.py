@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import cli
-import suite
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "results/README.md")
@@ -41,9 +40,7 @@ def test_every_command_is_one_that_the_scripts_take(page):
         if name == "checkpoints.py":
             continue
         module = importlib.import_module(name.removesuffix(".py"))
-        config = cli.parse_config(module.Config, options)
-        if name == "robustness.py" and "autoattack" not in config.attacks:
-            suite.check(config)
+        cli.parse_config(module.Config, options)
 
 
 @pytest.mark.parametrize("page", PAGES)

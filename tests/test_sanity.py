@@ -1,6 +1,6 @@
 """The checks of an evaluation: each raised by a network broken on purpose, none by a plainly trained one."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import pytest
 import torch
@@ -9,9 +9,8 @@ from torch import nn
 
 import data
 import evaluation
-import reports
-import sanity
-import suite
+import robustness
+from evaluation import checks, findings, report, trials
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -45,27 +44,29 @@ def plain():
     return net.eval().requires_grad_(False)
 
 
-def settings(**changes):
-    base = {
-        "attacks": (), "epsilon": 8 / 255, "num_steps": 10, "step_size": None, "random_start": False,
-        "restarts": 1, "decay": 1.0, "num_queries": 200, "sanity_images": 80, "batch_size": 80, "seed": 0,
-    }  # fmt: skip
-    return SimpleNamespace(**{**base, **changes})
+CONFIG = robustness.Config(attacks=(), num_queries=100, sanity_images=60, batch_size=60)
 
 
-def findings(network, source=None, **changes):
-    """The findings on a network, by name."""
-    config, split = settings(**changes), pictures(120, 2)
+def measured(network, images=120, source=None, **changes):
+    """Results of a network, with the outcomes of the table and of the checks."""
+    config = dataclasses.replace(CONFIG, **changes)
+    dataset = data.Dataset("shapes", CLASSES, None, pictures(images, 2))
     target = evaluation.Target("net", "0", network, network)
-    origin = None if source is None else evaluation.Target("source", "1", source, source, path="source.pth")
-    parts = sanity.trials(config, len(CLASSES), origin)
-    progress = evaluation.Progress("nowhere.json", {})
-    for trial in parts.values():
-        for _ in evaluation.measure(
-            target, split, trial, progress.of(target, trial), batch_size=config.batch_size, seed=0
-        ):
+    source = source and evaluation.Target("source", "1", source, source, path="source.pth")
+    needed = checks.trials(config, len(CLASSES), source) if config.sanity else {}
+    parts = trials.table(config, len(CLASSES), source)
+    results = evaluation.Results(config, dataset, [target], parts, checks=needed)
+    for each in (*parts, *needed.values()):
+        outcome = results.of(target, each)
+        for _ in evaluation.measure(target, dataset.test, each, outcome, batch_size=80, seed=0):
             pass
-    return {finding.name: finding for finding in sanity.check(config, target, split, parts, progress)}
+    return results
+
+
+def checked(network, **changes):
+    """The findings of --sanity on a network, by name."""
+    results = measured(network, sanity=True, **changes)
+    return {finding.name: finding for finding in checks.sanity(results, results.targets[0])}
 
 
 def flags(found):
@@ -118,7 +119,7 @@ class Backwards(Scaled):
 
 
 def test_plain_network_raises_no_flag(plain):
-    found = findings(plain, source=plain)
+    found = checked(plain, source=plain)
     assert flags(found) == set(), "\n".join(map(str, found.values()))
     assert len(found) == 13
 
@@ -126,7 +127,6 @@ def test_plain_network_raises_no_flag(plain):
 @pytest.mark.parametrize(
     ("network", "factor", "raised"),
     [
-        (Scaled, 1000, {"gradients", "logit margins", "losses agree", "none without a bound"}),
         (Quantised, 6, {"gradients", "white box beats Square", "none without a bound"}),
         (Noisy, 0.2, {"deterministic"}),
         (Constant, 1, {"gradients", "none without a bound", "hardly any at 64/255"}),
@@ -135,7 +135,7 @@ def test_plain_network_raises_no_flag(plain):
     ],
 )
 def test_broken_network_raises_its_flags(plain, network, factor, raised):
-    found = findings(network(plain, factor))
+    found = checked(network(plain, factor))
     assert raised <= flags(found), "\n".join(map(str, found.values()))
 
 
@@ -143,7 +143,7 @@ def outcomes(**percents):
     """An outcome of a hundred images for each part, so many of them right."""
     found = {}
     for part, right in percents.items():
-        found[part.replace("_", " ")] = outcome = evaluation.Outcome()
+        found[part.replace("_", "-")] = outcome = evaluation.Outcome()
         outcome.columns["correct"] = torch.arange(100) < right
     return found
 
@@ -151,19 +151,20 @@ def outcomes(**percents):
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
-        (sanity.iterative, {"one_step": 30, "pgd": 30}, {"one_step": 30, "pgd": 40}),
-        (sanity.converged, {"pgd": 31, "more": 30}, {"pgd": 50, "more": 30}),
-        (sanity.noise_is_weak, {"noise": 90, "pgd": 91}, {"noise": 80, "pgd": 90}),
-        (sanity.losses_agree, {"pgd": 30, "margin": 30, "dlr": 31}, {"pgd": 30, "margin": 30, "dlr": 20}),
-        (sanity.losses_agree, {"pgd": 30, "margin": 30}, {"pgd": 30, "margin": 20}),
-        (sanity.far, {"far": 5}, {"far": 11}),
-        (sanity.everywhere, {"everywhere": 0}, {"everywhere": 1}),
+        (findings.iterative, {"fgsm": 30, "pgd": 30}, {"fgsm": 30, "pgd": 40}),
+        (findings.converged, {"pgd": 31, "more": 30}, {"pgd": 50, "more": 30}),
+        (findings.noise_is_weak, {"noise": 90, "pgd": 91}, {"noise": 80, "pgd": 90}),
+        (findings.losses_agree, {"pgd": 30, "pgd_margin": 30, "pgd_dlr": 31},
+         {"pgd": 30, "pgd_margin": 30, "pgd_dlr": 20}),
+        (findings.losses_agree, {"pgd": 30, "pgd_margin": 30}, {"pgd": 30, "pgd_margin": 20}),
+        (findings.far, {"far": 5}, {"far": 11}),
+        (findings.everywhere, {"everywhere": 0}, {"everywhere": 1}),
         (
-            lambda seen: sanity.falling(seen, 8 / 255),
+            lambda seen: findings.falling(seen, 8 / 255),
             {"clean": 90, "pgd": 30, "double": 10, "far": 0},
             {"clean": 90, "pgd": 30, "double": 10, "far": 20},
         ),
-        (lambda seen: sanity.white_box(seen, "square"), {"clean": 90, "pgd": 30, "square": 60},
+        (lambda seen: findings.white_box(seen, "square"), {"clean": 90, "pgd": 30, "square": 60},
          {"clean": 90, "pgd": 60, "square": 30}),
     ],
 )  # fmt: skip
@@ -172,104 +173,97 @@ def test_each_check_tells_good_from_bad(check, good, bad):
     assert check(outcomes(**bad)).status == "FAIL"
 
 
-def test_transfer_that_beats_the_white_box_is_flagged(plain):
-    found = findings(Scaled(plain, 1000), source=plain)
-    assert found["white box beats transfer"].status == "FAIL"
-
-
 def test_scaled_logits_are_told_from_a_robust_network(plain):
-    """What a table of cross-entropy attacks calls robust, the margin's does not."""
-    found = findings(Scaled(plain, 1000))
-    assert found["losses agree"].status == "FAIL"
+    """What a table of cross-entropy attacks calls robust, the margin and a transfer do not."""
+    found = checked(Scaled(plain, 1000), source=plain)
+    raised = {
+        "gradients",
+        "logit margins",
+        "losses agree",
+        "none without a bound",
+        "white box beats transfer",
+    }
+    assert raised <= flags(found), "\n".join(map(str, found.values()))
+    assert found["losses agree"].status == found["white box beats transfer"].status == "FAIL"
     assert "gradient masking" in str(found["losses agree"])
 
 
 def test_too_few_steps_are_flagged(plain):
-    found = findings(plain, num_steps=1, step_size=0.5 / 255)
+    found = checked(plain, num_steps=1, step_size=0.5 / 255)
     assert found["more steps change little"].status != "PASS"
     assert "--num-steps" in str(found["more steps change little"])
 
 
 def test_two_classes_need_no_dlr():
-    assert "dlr" not in sanity.trials(settings(), 2)
+    assert "pgd-dlr" not in checks.trials(CONFIG, 2)
 
 
 def test_no_epsilon_leaves_what_needs_no_attack(plain):
-    assert set(sanity.trials(settings(epsilon=0.0), 10)) == {"clean"}
-    assert set(findings(plain, epsilon=0.0)) == {"deterministic", "logits"}
+    assert set(checked(plain, epsilon=0.0)) == {"deterministic", "logits"}
 
 
 def test_checks_look_at_a_balanced_few():
     split = pictures(120, 3)
     order = split.labels.argsort(stable=True)  # sorted by class, as folders are read
     split = data.Split(split.images[order], split.labels[order])
-    part = sanity.trials(settings(sanity_images=20), 4)["pgd"].of(split)
+    part = checks.trials(dataclasses.replace(CONFIG, sanity_images=20), 4)["pgd"].of(split)
     assert torch.bincount(part.labels).tolist() == [5, 5, 5, 5]
 
 
-def measured(network):
-    target = evaluation.Target("net", "0", network, network)
-    trials = [suite.clean(), *(suite.make(name, settings()) for name in ("pgd", "pgd-margin"))]
-    progress = evaluation.Progress("nowhere.json", {})
-    for each in trials:
-        for _ in evaluation.measure(
-            target, pictures(40, 4), each, progress.of(target, each), batch_size=40, seed=0
-        ):
-            pass
-    return target, trials, progress
+def test_finding_is_one_line():
+    finding = findings.deterministic(torch.zeros(2, 3), torch.ones(2, 3))
+    assert finding.status == "FAIL"
+    assert "\n" not in str(finding)
+
+
+# ---------------------------------------------------------------- the short form under a table
 
 
 def test_every_table_says_what_masks_gradients(plain):
-    """The small form of the checks is under each table: zero gradients and margin quantiles."""
-    dataset = data.Dataset("shapes", CLASSES, None, pictures(40, 4))
-    config = SimpleNamespace(**vars(settings()), predict="softmax")
+    """The short form of the checks is under each table: zero gradients and margin quantiles."""
     notes = {}
     for name, network in (("plain", plain), ("masked", Scaled(plain, 1000))):
-        target, trials, progress = measured(network)
-        notes[name] = "\n".join(reports.footnotes(config, dataset, [target], trials, progress))
+        results = measured(network, images=40, attacks=("pgd", "pgd-margin"))
+        notes[name] = "\n".join(report.footnotes(results))
+        assert "gradients: exactly zero" in notes[name] and "above 104: " in notes[name]
     assert "PGD 0.00 / 0.00 / 0.00" in notes["plain"]
     assert "WARNING" not in notes["plain"]
-    assert "WARNING, masked gradients" in notes["masked"]
-    assert "WARNING, the losses differ: PGD on cross-entropy leaves" in notes["masked"]
-    assert "above 104: " in notes["masked"]
+    for name in ("gradients': masked gradients", "logit margins'", "losses agree' fails"):
+        assert f"WARNING, check '{name}" in notes["masked"]
+
+
+def warnings(**right):
+    """What is said under the table of attacks after which so many of 100 images are right."""
+    target, outcomes = evaluation.Target("net", "0", None, None), {"clean": evaluation.Outcome()}
+    names = ["clean", *(name.replace("_", "-") for name in right)]
+    for name, count in zip(names, (100, *right.values()), strict=True):
+        outcomes[name] = evaluation.Outcome()
+        values = dict.fromkeys(evaluation.COLUMNS, torch.zeros(100, dtype=torch.bool))
+        outcomes[name].extend(**{**values, "correct": torch.arange(100) < count})
+    parts = [evaluation.Trial(name, name, 8 / 255) for name in names]
+    results = evaluation.Results(CONFIG, None, [target], parts, outcomes={"0": outcomes})
+    return [line for line in checks.under_table(results, target) if "WARNING" in line]
 
 
 @pytest.mark.parametrize(
-    ("plain", "key", "warning"),
+    ("plain", "other", "warning"),
     [
-        ("pgd", "pgd-margin", "the losses differ: pgd on cross-entropy leaves 50.00, pgd-margin 0.00"),
-        ("apgd-ce", "apgd-dlr", "the losses differ"),
-        ("pgd", "square", "square, which sees no gradient, leaves 0.00, those that follow it 50.00"),
+        ("pgd", "pgd_margin", "losses agree' fails: PGD leaves 50.00 on cross-entropy, PGD margin 0.00"),
+        ("apgd_ce", "apgd_dlr", "losses agree"),
+        ("pgd", "square", "white box beats Square' fails: 50.00 % of all images fall to Square"),
+        ("bim", "noise", "noise weaker than gradient' fails: noise leaves 0.00, BIM 50.00"),
         ("pgd", "autoattack", None),  # it tries every other class as a target
-        ("pgd", "apgd-dlr", None),  # it takes ten times as many steps
-        ("fgsm", "pgd-margin", None),
+        ("pgd", "apgd_dlr", None),  # it takes ten times as many steps
+        ("fgsm", "pgd_margin", None),
         ("fgsm", "square", None),
     ],
 )
-def test_only_attacks_that_differ_in_the_loss_alone_tell_of_the_loss(plain, key, warning):
-    half, none = torch.arange(10) < 5, torch.zeros(10, dtype=torch.bool)
-    attacked = [(evaluation.Trial(name, name, 8 / 255), evaluation.Outcome()) for name in (plain, key)]
-    for (_, outcome), correct in zip(attacked, (half, none), strict=True):
-        outcome.extend(**dict.fromkeys(evaluation.COLUMNS, correct))
-        outcome.columns["zero_always"] = none
-    found = {"above_17": 0.0, "above_104": 0.0}
-    said = list(reports._warnings(found, attacked))
-    assert said == [] if warning is None else len(said) == 1 and f"WARNING, {warning}" in said[0]
+def test_only_attacks_that_differ_in_one_thing_tell_of_it(plain, other, warning):
+    said = warnings(**{plain: 50, other: 0})
+    assert said == [] if warning is None else len(said) == 1 and warning in said[0]
 
 
 @pytest.mark.parametrize(("left", "warned"), [(35, False), (37, False), (38, True), (60, True)])
-@pytest.mark.parametrize("other", ["pgd-margin", "square"])
-def test_the_points_that_separate_losses_on_a_healthy_network_are_no_warning(other, left, warned):
-    """Of 100 images 32 stay right under the other attack."""
-    attacked = [(evaluation.Trial(name, name, 8 / 255), evaluation.Outcome()) for name in ("pgd", other)]
-    for (_, outcome), right in zip(attacked, (left, 32), strict=True):
-        outcome.extend(**dict.fromkeys(evaluation.COLUMNS, torch.arange(100) < right))
-        outcome.columns["zero_always"] = torch.zeros(100, dtype=torch.bool)
-    said = list(reports._warnings({"above_17": 0.0, "above_104": 0.0}, attacked))
-    assert any("WARNING" in line for line in said) == warned
-
-
-def test_finding_is_one_line(plain):
-    finding = sanity.deterministic(torch.zeros(2, 3), torch.ones(2, 3))
-    assert finding.status == "FAIL"
-    assert "\n" not in str(finding)
+@pytest.mark.parametrize("other", ["pgd_margin", "square", "transfer", "noise"])
+def test_the_points_that_separate_attacks_on_a_healthy_network_are_no_warning(other, left, warned):
+    assert bool(warnings(pgd=left, **{other: 32})) == warned

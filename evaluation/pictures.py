@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-import reports
 import utils
 
 SHOWN = 10  # images in a picture
@@ -15,8 +14,8 @@ ENLARGED = 4  # times
 MAGNIFIED = 10  # times the difference, around mid-grey
 
 
-def curves(targets, points, progress, path):
-    """Draw accuracy against epsilon and against the number of steps into a PNG file.
+def curves(rows, path):
+    """Draw accuracy against epsilon and against the number of steps, `report.curve_rows`, into a PNG file.
 
     Return False, having drawn nothing, where matplotlib is not installed.
     """
@@ -25,9 +24,8 @@ def curves(targets, points, progress, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    axes = [axis for axis in ("epsilon", "steps") if any(point.axis == axis for point in points)]
+    axes = [axis for axis in ("epsilon", "steps") if any(row["axis"] == axis for row in rows)]
     figure = Figure(figsize=(5.5 * len(axes), 4), layout="constrained")
-    rows = list(reports.curve_rows(targets, points, progress))
     for axis, panel in zip(axes, figure.subplots(1, len(axes), squeeze=False)[0], strict=True):
         _draw(panel, axis, [row for row in rows if row["axis"] == axis])
     FigureCanvasAgg(figure)

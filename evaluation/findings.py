@@ -1,0 +1,185 @@
+"""Checks of outcomes and scores: each gives one Finding. Their thresholds are here and nowhere else.
+
+After Carlini et al., On Evaluating Adversarial Robustness (2019), Athalye et al., Obfuscated Gradients Give a
+False Sense of Security (2018), and the flags of AutoAttack. `outcomes` are an Outcome by the name of its
+attack, or by its part in `checks.trials`.
+"""
+
+import itertools
+from typing import NamedTuple
+
+from .outcome import QUANTILES, SATURATED_MARGIN, VANISHED_MARGIN, margin_quantiles, percent
+from .registry import ATTACKS, in_255ths
+from .trials import CLEAN
+
+FAR, EVERYWHERE = 64 / 255, 1.0  # radii at which hardly anything, and nothing, withstands
+MORE_STEPS = 5  # times as many where more steps must not matter
+# In percent of the images: up to here a difference is noise, and from here on a defect.
+NOISE_PERCENT, DEFECT_PERCENT = 1.0, 5.0
+NOISE_IMAGES = 2  # so many images are noise whatever their share
+FAR_WARN_PERCENT, FAR_FAIL_PERCENT = 5.0, 10.0  # right at FAR
+SATURATED_WARN_PERCENT = 25.0  # of the margins above 17
+OTHER_LOSSES = {"pgd": ("pgd-margin", "pgd-dlr"), "apgd-ce": ("apgd-dlr",)}  # the same attack on another loss
+BLIND = {"square": "Square", "transfer": "transfer"}  # attacks that see no gradient of the network
+MEANINGS = {  # what a check that is not passed means and asks for
+    "deterministic": "the network is random, so single gradients mislead: average them over draws (EOT)",
+    "logits": "these are probabilities, and another softmax on top masks gradients: return the logits",
+    "iterative attack": "many steps do less than one: gradients mislead, believe the margin and Square",
+    "falling with epsilon": "a larger ball holds the smaller one, so the attack fails: more steps",
+    "hardly any at 64/255": "so far off no network can be right: the attack fails, the table overstates",
+    "none without a bound": "any image may become any other: gradients are zero or mislead, believe Square",
+    "more steps change little": "PGD stops too early: raise --num-steps, add --random-start --restarts 5",
+    "noise weaker than gradient": "random signs do more than the gradient's: believe Square and AutoAttack",
+    "white box beats Square": "what knows less finds more: gradients are masked, believe Worst",
+    "white box beats transfer": "what knows less finds more: gradients are masked, believe Worst",
+    "losses agree": "gradient masking: cross-entropy overstates robustness, believe the lower number",
+    "gradients": "masked gradients: an image without one is never changed and counts as robust, so "
+    "believe Worst, with pgd-margin, apgd-dlr and square among the --attacks",
+    "logit margins": "from 17 on cross-entropy's gradient fades, by 104 it is gone: attack the margin",
+}
+
+
+class Finding(NamedTuple):
+    """One check: its `name`, PASS, WARN or FAIL, what was seen, and what that means and asks for."""
+
+    name: str
+    status: str
+    seen: str
+    meaning: str
+
+    def __str__(self):
+        advice = "" if self.status == "PASS" else f"; {self.meaning}"
+        return f"{self.status:4}  {self.name}: {self.seen}{advice}"
+
+
+def _finding(name, seen, warn, fail):
+    """FAIL where `fail`, else WARN where `warn`, else PASS."""
+    return Finding(name, "FAIL" if fail else "WARN" if warn else "PASS", seen, MEANINGS[name])
+
+
+def _graded(name, excess, outcome, seen, noise=NOISE_PERCENT, defect=DEFECT_PERCENT):
+    """PASS up to `noise` percent too many of an outcome's images, WARN up to `defect`, FAIL beyond."""
+    warn = excess >= max(noise, 100 * NOISE_IMAGES / len(outcome)) + 1e-9
+    return _finding(name, seen, warn, warn and excess > defect)
+
+
+# ---------------------------------------------------------------- the network
+
+
+def deterministic(first, second):
+    """Two passes on the same images give the same scores."""
+    largest = (first - second).abs().max().item()
+    seen = "two passes agree bit for bit" if largest == 0 else f"two passes differ by up to {largest:.3g}"
+    return _finding("deterministic", seen, False, largest != 0)
+
+
+def are_logits(scores):
+    """Scores between 0 and 1 whose sum is 1 are probabilities."""
+    low, high = scores.min().item(), scores.max().item()
+    sums = (scores.sum(1) - 1).abs().max().item()
+    return _finding(
+        "logits", f"scores from {low:.3g} to {high:.3g}", False, low >= 0 and high <= 1 and sums < 1e-3
+    )
+
+
+def margins(outcomes):
+    """How far the true logit of the clean images leads, and whether float32 still has a gradient there."""
+    found = margin_quantiles(outcomes[CLEAN])
+    vanished, saturated = found["above_104"], found["above_17"]
+    shown = ", ".join(f"{value:.3g}" for value in found["quantiles"].values())
+    seen = (
+        f"quantiles {' '.join(f'{q:g}' for q in QUANTILES)} of the clean images: {shown}; "
+        f"above {SATURATED_MARGIN:g}: {saturated:.2f} %, above {VANISHED_MARGIN:g}: {vanished:.2f} %"
+    )
+    return _finding("logit margins", seen, saturated > SATURATED_WARN_PERCENT, vanished > NOISE_PERCENT)
+
+
+def gradients(outcomes, shown=("pgd",)):
+    """How many images had a gradient of exactly zero under the attacks `shown`: first, ever and always."""
+    right = outcomes[CLEAN].correct
+    if not right.any():
+        return Finding("gradients", "WARN", "no image is right without attack", "nothing is left to attack")
+    kinds = ("zero_first", "zero_ever", "zero_always")
+    shares = {name: [percent(getattr(outcomes[name], kind)[right]) for kind in kinds] for name in shown}
+    seen = "exactly zero first / ever / always, % of the images right without attack: " + ", ".join(
+        f"{ATTACKS[name].title} {' / '.join(f'{share:.2f}' for share in found)}"
+        for name, found in shares.items()
+    )
+    flat = [name for name in shown if name.endswith("dlr")]
+    seen += "; DLR is flat where the true class comes third" if flat else ""
+    first, ever = (max((shares[n][i] for n in shown if n not in flat), default=0.0) for i in (0, 1))
+    masked = any(outcomes[name].frozen.any() for name in shown)
+    return _finding("gradients", seen, ever > 0 or masked, first > NOISE_PERCENT or ever > DEFECT_PERCENT)
+
+
+# ---------------------------------------------------------------- one attack against another
+
+
+def iterative(outcomes):
+    """Many steps do at least what one does."""
+    one, many = outcomes["fgsm"].accuracy, outcomes["pgd"].accuracy
+    seen = f"one step leaves {one:.2f}, PGD {many:.2f}"
+    return _graded("iterative attack", many - one, outcomes["pgd"], seen)
+
+
+def falling(outcomes, epsilon):
+    """A larger ball leaves no more."""
+    parts = (CLEAN, "pgd", "double", *(("far",) if 2 * epsilon <= FAR else ()))
+    accuracies = [outcomes[part].accuracy for part in parts]
+    rise = max(after - before for before, after in itertools.pairwise(accuracies))
+    pairs = zip((0, epsilon, min(2 * epsilon, 1.0), FAR), accuracies, strict=False)
+    seen = ", ".join(f"{accuracy:.2f} at {in_255ths(radius)}" for radius, accuracy in pairs)
+    return _graded("falling with epsilon", rise, outcomes["pgd"], seen)
+
+
+def far(outcomes):
+    """An image 64/255 off shows nothing that a network could be right about."""
+    left = outcomes["far"].accuracy
+    warn, fail = left > FAR_WARN_PERCENT, left > FAR_FAIL_PERCENT
+    return _finding("hardly any at 64/255", f"{left:.2f} left", warn, fail)
+
+
+def everywhere(outcomes):
+    """Where any image may become any other, none is left."""
+    left = outcomes["everywhere"].accuracy
+    return _finding("none without a bound", f"{left:.2f} left", False, left > 0)
+
+
+def converged(outcomes):
+    """More steps and restarts leave hardly less."""
+    few, many = outcomes["pgd"].accuracy, outcomes["more"].accuracy
+    seen = f"PGD leaves {few:.2f}, {MORE_STEPS} times the steps and 2 restarts {many:.2f}"
+    limits = (NOISE_PERCENT + 1, 2 * DEFECT_PERCENT)
+    return _graded("more steps change little", few - many, outcomes["pgd"], seen, *limits)
+
+
+def noise_is_weak(outcomes, guided=("pgd",)):
+    """Noise does less than the best attack that follows the gradient."""
+    best = min(guided, key=lambda name: outcomes[name].accuracy)
+    random, gradient = outcomes["noise"].accuracy, outcomes[best].accuracy
+    seen = f"noise leaves {random:.2f}, {ATTACKS[best].title} {gradient:.2f}"
+    return _graded("noise weaker than gradient", gradient - random, outcomes[best], seen)
+
+
+def white_box(outcomes, blind, guided=("pgd",)):
+    """What an attack finds without the gradient, those with it find too, image by image."""
+    missed = outcomes[CLEAN].correct & ~outcomes[blind].correct
+    for name in guided:
+        missed = missed & outcomes[name].correct
+    share, titles = percent(missed), ", ".join(ATTACKS[name].title for name in guided)
+    seen = f"{share:.2f} % of all images fall to {BLIND[blind]} and not to {titles}"
+    return _graded(f"white box beats {BLIND[blind]}", share, missed, seen)
+
+
+def others(outcomes, plain):
+    """The attacks among `outcomes` that differ from `plain`, which is among them too, in the loss alone."""
+    return [name for name in OTHER_LOSSES[plain] if name in outcomes] if plain in outcomes else []
+
+
+def losses_agree(outcomes, plain="pgd"):
+    """No other loss does much better than cross-entropy."""
+    left = {name: outcomes[name].accuracy for name in others(outcomes, plain)}
+    on_others = ", ".join(f"{ATTACKS[name].title} {accuracy:.2f}" for name, accuracy in left.items())
+    accuracy = outcomes[plain].accuracy
+    seen = f"{ATTACKS[plain].title} leaves {accuracy:.2f} on cross-entropy, {on_others}"
+    return _graded("losses agree", accuracy - min(left.values()), outcomes[plain], seen)

@@ -1,0 +1,142 @@
+"""Measuring: every trial on every target, block by block, so that it can be stopped and go on anywhere."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import torch
+
+import attacks
+import data
+import utils
+
+SAVE_EVERY = 60.0  # seconds between saves of what is done
+
+
+@contextlib.contextmanager
+def exact_float32():
+    """Within it nothing computes in less than float32, and CUDA convolutions repeat themselves exactly."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    try:
+        with cudnn, torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def generator_at(seed, start):
+    """The generator for the images from number `start` on: what one gets does not depend on the blocks."""
+    generator = utils.generator(seed, "evaluation")
+    torch.randint(2**32, (start,), generator=generator)  # an attack takes one number for each image
+    return generator
+
+
+def attack_block(target, trial, split, start, batch_size, seed):
+    """Attack the images of `split` from number `start` on; what one gets does not depend on the block.
+
+    Returns (images, adversarial images, labels, the ZeroGradients of the attack); images are float in [0, 1],
+    N x C x H x W. Raises ValueError when a result holds NaN, or leaves [0, 1] or the ball.
+    """
+    block = slice(start, start + batch_size)
+    labels = split.labels[block]
+    images = data.to_float(split.images[block]).contiguous(memory_format=torch.channels_last)
+    zeros, attacked = attacks.ZeroGradients(), images
+    if trial.attack is not None:
+        with exact_float32():
+            attacked = trial.attack(target, images, labels, generator_at(seed, start), zeros)
+    check_result(attacked, images, trial.epsilon, trial.bounded)
+    return images, attacked, labels, zeros
+
+
+def check_result(attacked, images, epsilon, bounded=True):
+    """Raise ValueError when images hold NaN, leave [0, 1], or lie farther than `epsilon` away."""
+    if attacked.isnan().any():
+        raise ValueError("an attack made NaN; its result cannot be counted")
+    if attacked.min() < 0 or attacked.max() > 1:
+        raise ValueError(f"an attack left [0, 1]: [{attacked.min():.4g}, {attacked.max():.4g}]")
+    farthest = (attacked.double() - images.double()).abs().max()
+    if bounded and farthest > epsilon:
+        raise ValueError(f"an attack went {farthest:.9g} far, beyond epsilon {epsilon:.9g}")
+
+
+def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
+    """Try `trial` on `split` block by block from where `outcome` stands; yield after each, it extended.
+
+    With `keep_in`, a folder, each block's images are kept there. Raises ValueError as `attack_block` does.
+    """
+    split = trial.of(split)
+    if keep_in is not None and not len(outcome):
+        for old in Path(keep_in).glob("*.pt"):  # of other settings, whose blocks may be others
+            old.unlink()
+    for start in range(len(outcome), len(split), batch_size):
+        began = time.monotonic()
+        images, attacked, labels, zeros = attack_block(target, trial, split, start, batch_size, seed)
+        with exact_float32(), torch.no_grad():
+            logits = target.logits(attacked)
+        _extend(outcome, images, attacked, labels, logits, zeros)
+        if keep_in is not None:
+            _keep_block(keep_in, start, images, attacked, labels, outcome)
+        outcome.seconds += time.monotonic() - began
+        yield outcome
+
+
+def _extend(outcome, images, attacked, labels, logits, zeros):
+    """Add one block's images to an outcome."""
+    change = (attacked.double() - images.double()).flatten(1)
+    seen = zeros.first is not None
+    none = torch.zeros_like(labels, dtype=torch.bool)
+    outcome.gradients = outcome.gradients or seen
+    outcome.low = min(outcome.low, attacked.min().item())
+    outcome.high = max(outcome.high, attacked.max().item())
+    outcome.extend(
+        predicted=logits.argmax(1),
+        correct=~attacks.misclassified(logits, labels),
+        margin=-attacks.margin(logits, labels),
+        linf=change.abs().amax(1),
+        l2=change.norm(dim=1),
+        zero_first=zeros.first if seen else none,
+        zero_ever=zeros.ever if seen else none,
+        zero_always=zeros.always if seen else none,
+    )
+
+
+def _keep_block(folder, start, images, attacked, labels, outcome):
+    """Write a block's images, float32 in [0, 1], to FOLDER/NNNNN.pt, N being the first image's index."""
+    path = Path(folder) / f"{start:05d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    block = {"index": start, "labels": labels.cpu().clone(), "predicted": outcome.predicted[start:].clone()}
+    block |= {"images": images.cpu().contiguous(), "adversarial": attacked.cpu().contiguous()}
+    with utils.replacing(path) as temporary:
+        torch.save(block, temporary)
+
+
+def measure_all(results):
+    """Fill `results`, which is saved now and then, and in the end.
+
+    Raises Interrupted on SIGINT or SIGTERM, with what is done saved.
+    """
+    with utils.StopSignals() as stop:
+        for target, trial in results.pairs():
+            _measure_one(results, target, trial, stop)
+    results.save()  # a report that cannot be written must not cost the measurements
+
+
+def _measure_one(results, target, trial, stop):
+    config, split = results.config, results.dataset.test
+    outcome, images = results.of(target, trial), len(trial.of(split))
+    keep_in = results.images_folder(target, trial)
+    steps = {"batch_size": config.batch_size, "seed": config.seed, "keep_in": keep_in}
+    blocks = measure(target, split, trial, outcome, **steps)
+    total, start = -(-images // config.batch_size), len(outcome) // config.batch_size
+    for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
+        if stop.received or time.monotonic() - results.saved > SAVE_EVERY:
+            results.save()
+        if stop.received:
+            raise utils.Interrupted(
+                stop.received,
+                f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of {images:,} "
+                f"images; kept in {results.path}, --resume goes on",
+            )

@@ -1,0 +1,109 @@
+"""What one attack did to the images, one by one, and the numbers that sum it up."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+COLUMNS = {  # of an outcome, with a value for each image
+    "predicted": torch.int64,
+    "correct": torch.bool,
+    "margin": torch.float32,  # true logit less the largest other: below 0 is misclassified
+    "linf": torch.float64,  # distance from the original; in float32 it could round to beyond epsilon
+    "l2": torch.float32,
+    "zero_first": torch.bool,  # the attack's first gradient was exactly zero
+    "zero_ever": torch.bool,  # one of them was
+    "zero_always": torch.bool,  # all of them were: the attack never learned anything of this image
+}
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+# Where float32 ends: past the first margin the cross-entropy's gradient with respect to the true logit is
+# exactly 0, past the second all of it is.
+SATURATED_MARGIN, VANISHED_MARGIN = 17.0, 104.0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one trial did to the first images of a split: the tensors of COLUMNS, (N,), on the CPU.
+
+    They are read as attributes, too.
+    """
+
+    columns: dict[str, Tensor] = dataclasses.field(
+        default_factory=lambda: {name: torch.zeros(0, dtype=dtype) for name, dtype in COLUMNS.items()}
+    )
+    low: float = 1.0  # smallest and largest pixel of the results
+    high: float = 0.0
+    seconds: float = 0.0
+    gradients: bool = False  # the attack showed its gradients
+
+    def __getattr__(self, name):
+        if name in COLUMNS:
+            return self.columns[name]
+        raise AttributeError(name)
+
+    def __len__(self):
+        return len(self.correct)
+
+    @property
+    def accuracy(self):
+        """Percent of the images so far that are classified right."""
+        return 100 * self.correct.double().mean().item()
+
+    @property
+    def frozen(self):
+        """Images, (N,) bool, that count as robust only because their gradient was zero at every step."""
+        return self.zero_always & self.correct
+
+    def fooled(self, epsilon):
+        """Which images, (N,) bool, are misclassified within `epsilon` of the original."""
+        return ~self.correct & (self.linf <= epsilon)
+
+    def extend(self, **values):
+        for name, dtype in COLUMNS.items():
+            self.columns[name] = torch.cat([self.columns[name], values[name].cpu().to(dtype)])
+
+
+def percent(mask):
+    """The share of a bool tensor that is true, in percent; None of an empty one."""
+    return round(100 * mask.double().mean().item(), 4) if len(mask) else None
+
+
+def wilson(correct, images, z=1.959964):
+    """The Wilson 95 % interval of an accuracy, in percent (Wilson 1927)."""
+    if images == 0:
+        return 0.0, 100.0
+    share, unit = correct / images, z * z / images
+    middle = (share + unit / 2) / (1 + unit)
+    half = z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
+    # The ends themselves where rounding would miss them.
+    return 100 * (middle - half) * (correct > 0), 100 * (middle + half) if correct < images else 100.0
+
+
+def counts(mask):
+    """Accuracy in percent, its 95 % interval, and the numbers behind it."""
+    correct, images = int(mask.sum()), len(mask)
+    low, high = wilson(correct, images)
+    return {
+        "accuracy": percent(mask),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "correct": correct,
+        "images": images,
+    }
+
+
+def per_class(mask, labels, classes):
+    """Accuracy in percent of each class by its name; None for a class without images."""
+    return {name: percent(mask[labels == index]) for index, name in enumerate(classes)}
+
+
+def margin_quantiles(outcome):
+    """Quantiles of the logit margin, and the shares in percent past 17 and past 104."""
+    margins = outcome.margin.double()
+    values = torch.quantile(margins, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    return {
+        "quantiles": dict(zip(map(str, QUANTILES), values, strict=True)),
+        "above_17": percent(margins > SATURATED_MARGIN),
+        "above_104": percent(margins > VANISHED_MARGIN),
+    }

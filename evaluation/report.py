@@ -1,0 +1,235 @@
+"""What an evaluation found, as a reader wants it: the table, its footnotes, JSON, CSV and model cards."""
+
+import json
+import math
+from pathlib import Path
+
+import cli
+import data
+import utils
+
+from . import checks, pictures
+from .outcome import counts, margin_quantiles, per_class, percent
+from .registry import in_255ths
+from .trials import CLEAN
+
+PUBLISHED = (
+    "Published by the authors for depth 110, without attack and under FGSM, BIM, MIM and PGD: Softmax 92.15, "
+    "21.48, 0.01, 0.02, 0.00; PCL 89.55, 55.76, 39.75, 36.44, 31.10. Their robust checkpoint, under "
+    "AutoAttack: 0.28."
+)
+
+
+def publish(results):
+    """Write all files, then print the table, its footnotes and the findings of --sanity."""
+    findings = {}
+    if results.checks:
+        findings = {target.sha256: checks.sanity(results, target) for target in results.targets}
+    write(results, findings)
+    utils.say("\n" + table(results) + "\n")
+    for line in footnotes(results):
+        utils.say(line)
+    for label, target in results.labeled():
+        if findings:
+            utils.say(f"\nsanity of {label}:")
+        for finding in findings.get(target.sha256, ()):
+            utils.say(str(finding))
+    curves = list(curve_rows(results))
+    if curves and not pictures.curves(curves, beside(results.config, ".curves.png")):
+        utils.say("no picture of the curves: pip install matplotlib")
+    for target, trial in results.pairs():
+        folder = results.images_folder(target, trial)
+        if folder is not None and folder.is_dir():
+            pictures.sheet(folder)
+
+
+# ---------------------------------------------------------------- on the screen
+
+
+def table(results):
+    """The table of the README: a row for each target, a column for each attack, accuracy in percent.
+
+    The columns count as the paper does, each by itself; Worst is right without attack and under every one.
+    """
+    attacked = len(results.trials) > 1
+    rows = [["Training", *(trial.title for trial in results.trials), *(["Worst"] if attacked else [])]]
+    for label, target in results.labeled():
+        accuracies = {trial.key: outcome.accuracy for trial, outcome in results.row(target)}
+        cells = [f"{accuracies[t.key]:.2f}" if t.key in accuracies else "-" for t in results.trials]
+        worst = [f"{percent(results.robust(target)):.2f}"] if attacked else []
+        rows.append([label, *cells, *worst])
+    return utils.markdown_table(rows)
+
+
+def footnotes(results):
+    """The settings under a table, line by line, and what the results say of themselves."""
+    config, dataset = results.config, results.dataset
+    if dataset.classes == data.CIFAR10_CLASSES and in_255ths(config.epsilon) == "8/255":
+        yield PUBLISHED
+    rule = "" if config.predict == "softmax" else "; predicted by the nearest prototype (Eq. 6)"
+    yield (
+        f"Accuracy in percent on {len(dataset.test):,} {dataset.tested} images of {dataset.name}; "
+        f"L-infinity, epsilon {in_255ths(config.epsilon)}; seed {config.seed}{rule}."
+    )
+    if settings := "; ".join(trial.settings for trial in results.trials if trial.settings):
+        yield settings + "."
+    if len(results.trials) > 1:
+        yield "Worst: right without attack and under every attack of the row, image by image."
+    for label, target in results.labeled():
+        depth = f", depth {target.depth}" if target.depth else ""
+        yield f"{label}: {target.path}{depth}, sha256 {target.sha256[:12]}."
+        _, *attacked = results.row(target)
+        if attacked:
+            worst = counts(results.robust(target))
+            largest = max((o.linf.max().item() for t, o in attacked if t.bounded and len(o)), default=0.0)
+            yield (
+                f"  Worst {worst['accuracy']:.2f} (95 % interval {worst['low']:.2f} to {worst['high']:.2f}); "
+                f"largest change {in_255ths(largest)}"
+            )
+        for line in checks.under_table(results, target):
+            yield f"  {line}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def beside(config, suffix):
+    """A path beside the results, with their name and another suffix."""
+    path = Path(config.results)
+    return path.with_name(path.name.removesuffix(".json") + suffix)
+
+
+def outputs(config):
+    """The files that an evaluation always writes, and the one of its curves."""
+    return [Path(config.results), beside(config, ".csv"), beside(config, ".curves.csv")]
+
+
+def write(results, findings):
+    """Write the JSON file at `config.results`; table, curves and model cards lie beside it."""
+    config, more = results.config, {}
+    write_rows(beside(config, ".csv"), list(table_rows(results)))
+    if rows := list(curve_rows(results)):
+        write_rows(beside(config, ".curves.csv"), rows)
+        more["curves"] = rows
+    if findings:
+        more["sanity"] = {sha256: [f._asdict() for f in found] for sha256, found in findings.items()}
+    if config.model_card:
+        for target in results.targets:
+            utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), model_card(results, target))
+    entries = [_entry(results, target) for target in results.targets]
+    utils.write_text(config.results, to_json(config, results.dataset, entries, **more))
+
+
+def write_rows(path, rows):
+    utils.write_text(path, utils.csv_text(list(rows[0]), rows))
+
+
+def to_json(config, dataset, entries, **more):
+    """Everything a reader needs to repeat or check a table, as JSON text: one entry for each checkpoint."""
+    report = {
+        "settings": cli.config_dict(config),
+        "data": dataset.describe(),
+        "classes": list(dataset.classes),
+        "checkpoints": entries,
+        **more,
+        "versions": utils.versions(),
+    }
+    return json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def _finite(value):
+    """The same with null for what JSON has no word for: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def about(target):
+    """What identifies a checkpoint, and what it was made by."""
+    return {name: getattr(target, name) for name in ("path", "sha256", "label", "depth", "origin")}
+
+
+def _entry(results, target):
+    labels, classes = results.dataset.test.labels.cpu(), results.dataset.classes
+    row, held = results.row(target), results.robust(target)
+    return {
+        **about(target),
+        "attacks": {trial.key: _summary(trial, outcome, labels, classes) for trial, outcome in row},
+        "worst": {**counts(held), "per_class": per_class(held, labels, classes), "robust": _bits(held)},
+        "margins": margin_quantiles(row[0][1]),
+    }
+
+
+def _bits(mask):
+    """A bool tensor as a string of 0 and 1, one an image in the order of the split."""
+    return "".join("01"[value] for value in mask.tolist())
+
+
+def _summary(trial, outcome, labels, classes):
+    zeros = {"": outcome.zero_first, "_ever": outcome.zero_ever, "_always": outcome.zero_always}
+    return {
+        **counts(outcome.correct),
+        "title": trial.title,
+        "settings": trial.settings,
+        "epsilon": trial.epsilon,
+        "per_class": per_class(outcome.correct, labels, classes),
+        **{f"zero_gradient{n}": int(zero.sum()) if outcome.gradients else None for n, zero in zeros.items()},
+        "frozen": int(outcome.frozen.sum()),
+        "max_delta": outcome.linf.max().item() if len(outcome) else 0.0,
+        "median_l2": outcome.l2.median().item() if len(outcome) else 0.0,
+        "range": [outcome.low, outcome.high],
+        "seconds": round(outcome.seconds, 2),
+        "robust": _bits(outcome.correct),
+    }
+
+
+def table_rows(results):
+    """A row for each checkpoint and attack, Worst included: accuracy, interval, per-class accuracy."""
+    labels, classes = results.dataset.test.labels.cpu(), results.dataset.classes
+    for name, target in results.labeled():
+        masks = {trial.key: outcome.correct for trial, outcome in results.row(target)}
+        for key, mask in {**masks, "worst": results.robust(target)}.items():
+            start = {"training": name, "sha256": target.sha256, "attack": key}
+            yield {**start, **counts(mask), **per_class(mask, labels, classes)}
+
+
+def curve_rows(results):
+    """A row for each checkpoint and point of a curve."""
+    for name, target in results.labeled():
+        for attack, axis, value, trial in results.points:
+            if trial.applies_to(target):
+                start = {"training": name, "sha256": target.sha256, "attack": attack, "axis": axis}
+                settings = {"epsilon": trial.epsilon, "settings": trial.settings}
+                yield {**start, "value": value, **counts(results.of(target, trial).correct), **settings}
+
+
+def model_card(results, target):
+    """What RobustBench's model_info files hold, as JSON text: accuracies in percent as text.
+
+    `reported` is what the attacks of the table leave, each by itself the lowest; `autoattack_acc` is null
+    where AutoAttack was not among them, and `unreliable` where another attack leaves much less than it.
+    """
+    dataset, row = results.dataset, results.row(target)
+    left = {trial.key: outcome.accuracy for trial, outcome in row}
+    lowest = min(outcome.accuracy for trial, outcome in row if trial.bounded)
+    autoattack = left.get("autoattack")
+    images = f"{len(dataset.test):,} {dataset.tested} images"
+    card = {
+        "link": "https://arxiv.org/abs/1904.00887",
+        "name": "Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks",
+        "authors": "Aamir Mustafa, Salman Khan, Munawar Hayat, Roland Goecke, Jianbing Shen, Ling Shao",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": dataset.name,
+        "venue": "ICCV 2019",
+        "architecture": f"ResNet-{target.depth}",
+        "eps": in_255ths(results.config.epsilon),
+        "clean_acc": f"{left[CLEAN]:.2f}",
+        "reported": f"{lowest:.2f}",
+        "autoattack_acc": None if autoattack is None else f"{autoattack:.2f}",
+        "footnote": f"{target.label}, retrained; sha256 {target.sha256}; {images}.",
+        "unreliable": autoattack is not None and lowest < autoattack - 1,
+    }
+    return json.dumps(card, indent=2) + "\n"

@@ -1,0 +1,139 @@
+"""Everything that an evaluation measures, kept in a file beside its results until it is finished."""
+
+import collections
+import dataclasses
+import itertools
+import time
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import cli
+import data
+import utils
+
+from .outcome import Outcome
+from .registry import ATTACKS
+from .target import Target
+from .trials import Point, Trial
+
+FORMAT = 5  # of the file that a stopped evaluation leaves
+# What may differ between an evaluation and its continuation.
+FREE_ON_RESUME = {
+    *("data_dir", "checkpoints", "source_checkpoint", "results", "resume", "overwrite", "device"),
+}
+
+
+@dataclasses.dataclass
+class Results:
+    """What is measured, by whom and how, and the outcomes so far.
+
+    trials: those of the table, the first one without attack. points: those of the curves. checks: those that
+    --sanity needs, by their part in it. source: the network that `transfer` makes its images on.
+    outcomes: by the SHA-256 of a target and the key of a trial.
+    """
+
+    config: object
+    dataset: data.Dataset
+    targets: list[Target]
+    trials: list[Trial]
+    points: list[Point] = dataclasses.field(default_factory=list)
+    checks: dict[str, Trial] = dataclasses.field(default_factory=dict)
+    source: Target | None = None
+    outcomes: dict[str, dict[str, Outcome]] = dataclasses.field(default_factory=dict)
+    saved: float = dataclasses.field(default_factory=time.monotonic)
+
+    def pairs(self):
+        """Every (target, trial) that there is something to measure of."""
+        every = [*self.trials, *(point.trial for point in self.points), *self.checks.values()]
+        return [(target, trial) for target in self.targets for trial in every if trial.applies_to(target)]
+
+    def of(self, target, trial):
+        """The outcome of a trial on a target, empty where there is none yet."""
+        return self.outcomes.setdefault(target.sha256, {}).setdefault(trial.key, Outcome())
+
+    def row(self, target):
+        """The (trial, outcome) pairs of a target's row in the table; the first one is without attack."""
+        return [(trial, self.of(target, trial)) for trial in self.trials if trial.applies_to(target)]
+
+    def robust(self, target):
+        """Which images, (N,) bool, are right as they are and under every trial within its epsilon."""
+        (_, clean), *attacked = self.row(target)
+        held = (~outcome.fooled(trial.epsilon) for trial, outcome in attacked)
+        return reduce(torch.logical_and, held, clean.correct)
+
+    def labeled(self):
+        """Each target after what its row is called.
+
+        Where two would be alike, the name of the file is added, or else the hash.
+        """
+        called = []
+        for target in self.targets:
+            file = Path(target.path).name.removesuffix(".tar").removesuffix(".pth")
+            called.append([target.label, f"{target.label} ({file})", f"{target.label} ({target.sha256[:8]})"])
+        times = collections.Counter(itertools.chain(*called))
+        labels = [next((name for name in names if times[name] == 1), names[-1]) for names in called]
+        return list(zip(labels, self.targets, strict=True))
+
+    def images_folder(self, target, trial):
+        """Where the adversarial images of a trial are kept; None where they are not asked for."""
+        if self.config.save_images is None or trial.key not in ATTACKS:  # nobody asks for those of a curve
+            return None
+        file = Path(target.path).name.split(".")[0]
+        return Path(self.config.save_images) / f"{file}-{target.sha256[:8]}" / trial.key
+
+    # ------------------------------------------------------------ the file of a stopped evaluation
+
+    @property
+    def path(self):
+        return Path(f"{self.config.results}.partial")
+
+    def fingerprint(self):
+        """What must agree for the outcomes of a stopped evaluation to be taken over."""
+        settings = cli.config_dict(self.config)
+        if "autoattack" not in self.config.attacks:  # the one attack whose seed goes by block
+            del settings["batch_size"]
+        return {
+            "format": FORMAT,
+            **{name: value for name, value in settings.items() if name not in FREE_ON_RESUME},
+            "checkpoints": [target.sha256 for target in self.targets],
+            "source_checkpoint": self.source.sha256 if self.source else None,
+            "data": self.dataset.describe(),
+        }
+
+    def save(self):
+        outcomes = {
+            sha256: {key: vars(outcome) for key, outcome in trials.items()}
+            for sha256, trials in self.outcomes.items()
+        }
+        checkpoints.save({"fingerprint": self.fingerprint(), "outcomes": outcomes}, self.path, False)
+        self.saved = time.monotonic()
+
+    def resume(self):
+        """Take over the outcomes of a stopped evaluation, if there is one and the config says so.
+
+        Raises CheckpointError when it had other settings, FileSystemError when nothing says what to do.
+        """
+        if not self.path.exists() or (self.config.overwrite and not self.config.resume):
+            return
+        if not self.config.resume:
+            raise utils.FileSystemError(
+                f"{self.path}: a stopped evaluation; --resume goes on with it, --overwrite starts anew"
+            )
+        state = checkpoints.load(self.path)
+        before, now = state.get("fingerprint", {}), self.fingerprint()
+        if before != now:
+            names = [name for name in now if before.get(name) != now[name]]
+            raise utils.CheckpointError(
+                f"{self.path}: begun with another {', '.join(names)}; give the old ones, or --overwrite"
+            )
+        for sha256, trials in state["outcomes"].items():
+            self.outcomes[sha256] = {key: Outcome(**value) for key, value in trials.items()}
+        images = sum(len(outcome) for trials in self.outcomes.values() for outcome in trials.values())
+        utils.say(f"resumed {self.path}: {images:,} outcomes are there already")
+
+    def remove(self):
+        """Remove the file, once the report is written."""
+        self.path.unlink(missing_ok=True)

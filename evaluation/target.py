@@ -1,0 +1,145 @@
+"""The networks under test: a checkpoint as a `Target`, or as a plain module for other libraries."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import attacks
+import checkpoints
+import prototype_conformity
+import utils
+from prototype_conformity import PrototypeConformityLoss
+from resnet_model import folded, resnet
+from utils import CheckpointError
+
+LABELS = {  # what a checkpoint's row is called, by the script that made it
+    "softmax_training": "Softmax",
+    "pcl_training": "PCL",
+    "pcl_training_adversarial_fgsm": "PCL + FGSM images",
+    "pcl_training_adversarial_pgd": "PCL + PGD images",
+}
+
+
+class NearestPrototype(nn.Module):
+    """A network whose scores are minus the distances to the prototypes: the prediction of Eq. 6."""
+
+    def __init__(self, network, prototypes):
+        super().__init__()
+        self.network, self.prototypes = network, prototypes
+
+    def forward(self, images):
+        outputs = self.network(images)
+        return outputs._replace(logits=self.prototypes.nearest(outputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A network under test: `model` decides on an attack's results, attacks differentiate `folded`.
+
+    Both map images in [0, 1] to logits or to a tuple with a field `logits`; frozen, in eval mode. `folded` is
+    `model` with its batch norms folded into the convolutions: the same function up to rounding, faster.
+    """
+
+    label: str
+    sha256: str
+    model: nn.Module
+    folded: nn.Module
+    path: str = ""
+    depth: int | None = None
+    prototypes: PrototypeConformityLoss | None = None
+    origin: dict = dataclasses.field(default_factory=dict)  # the script, settings and data behind it
+
+    @property
+    def has_pull(self):
+        """Whether there are prototypes that features were pulled to."""
+        return self.prototypes is not None and bool(self.prototypes.proximity)
+
+    def logits(self, images):
+        """The model's scores of `images`, float32 or wider, N x num_classes."""
+        return attacks.scores(self.model(images))
+
+
+def load_target(path, device, classes, predict="softmax"):
+    """Read a checkpoint; depth and class count are its own. Raises CheckpointError.
+
+    `predict`: by the largest logit, `softmax`, or by the nearest `prototype`.
+    """
+    state, model, prototypes = _load(path, device)
+    checkpoints.check_classes(state, path, classes)
+    if model.num_classes != len(classes):
+        raise CheckpointError(
+            f"{path}: a network of {model.num_classes} classes, but the data set has {len(classes)}"
+        )
+    kept = {name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state}
+    fast = folded(model).network.to(memory_format=torch.channels_last)
+    target = Target(
+        _label(path, kept), utils.sha256(path), model, fast, str(path), model.depth, prototypes, kept
+    )
+    if predict == "softmax":
+        return target
+    if not target.has_pull:
+        raise CheckpointError(
+            f"{path}: holds no prototypes to predict with; --predict softmax, or a checkpoint of stage 2"
+        )
+    return dataclasses.replace(
+        target,
+        model=NearestPrototype(model, prototypes).eval(),
+        folded=NearestPrototype(fast, prototypes).eval(),
+    )
+
+
+def _label(path, kept):
+    """What a checkpoint's row is called: by its script and settings, or else by its file."""
+    label = LABELS.get(kept.get("script"), Path(path).name.split(".")[0])
+    settings = kept.get("config") or {}
+    if label.startswith("PCL") and settings.get("weight_prox") == settings.get("weight_conprox") == 0:
+        return f"No {label}"  # stage 2 as a control, with both terms switched off
+    if label.startswith("PCL") and all(settings.get(name) for name in ("shared_prototypes", "separation")):
+        return label.replace("PCL", "PCL by Eq. 5")
+    return label
+
+
+def _load(path, device):
+    """(checkpoint, its network in eval mode, its prototypes or None)."""
+    state, weights, network = checkpoints.read_network(path)
+    for name, kind in (("script", str), ("criterion", dict)):
+        if not isinstance(state.get(name), kind | None):
+            raise CheckpointError(f"{path}: its {name} is no {kind.__name__}; use another copy")
+    model = resnet(**network)
+    model.load_state_dict(weights)
+    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    prototypes = _prototypes(path, state.get("criterion") or {}, state.get("config") or {}, model)
+    return state, model, None if prototypes is None else prototypes.to(device)
+
+
+def _prototypes(path, criterion, config, model):
+    """The joint loss of a checkpoint, None where it has none; CheckpointError where it fits nothing else."""
+    try:
+        prototypes = prototype_conformity.from_checkpoint(criterion, config)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: its prototypes do not fit its settings (weights, distance); use another copy"
+        ) from None
+    if prototypes is None:
+        return None
+    checkpoints.check_finite(prototypes.state_dict(), path)
+    for terms in (prototypes.proximity, prototypes.contrastive):
+        for layer, term in terms.items():
+            wanted = model.num_classes, model.feat_dims.get(layer)
+            if tuple(term.centers.shape) != wanted:
+                raise CheckpointError(
+                    f"{path}: its prototypes of {layer:.20} are {tuple(term.centers.shape)}, the network's "
+                    f"features {wanted}; they are of another network"
+                )
+    return prototypes
+
+
+def classifier(path, device="cpu"):
+    """The network of a checkpoint as a frozen nn.Module, images in [0, 1] -> logits, in eval mode.
+
+    AutoAttack, torchattacks, foolbox and RobustBench take it as it is. Raises CheckpointError.
+    """
+    # Plain memory order: other libraries flatten gradients with `view`.
+    return folded(_load(path, device)[1]).to(memory_format=torch.contiguous_format)
