@@ -14,8 +14,8 @@ import data
 import evaluation
 import utils
 from benchmarks import ours, plain, throughput, timing
-from evaluation import trials
 from contrastive_proximity import ContrastiveProximity
+from evaluation import trials
 from proximity import Proximity
 
 TINY = throughput.Config(
