@@ -159,9 +159,9 @@ def test_more_restarts_are_never_weaker_on_any_image(net, attack):
 
 def test_square_asks_what_it_may_and_no_more(net):
     """Queries in number, without gradient, only for images still correct; results in the corners."""
-    images, labels = right_batch(net, 64)
+    images, right = right_batch(net, 64)
+    labels, sizes = right.clone(), []
     labels[:3] = (labels[:3] + 1) % 5  # misclassified as they come
-    sizes = []
 
     def counting(points):
         assert not torch.is_grad_enabled() and not points.requires_grad
@@ -172,6 +172,7 @@ def test_square_asks_what_it_may_and_no_more(net):
     assert sizes[:2] == [64, 61]  # the clean images, then the stripes
     assert len(sizes) == 1 + 60 and sizes[1:] == sorted(sizes[1:], reverse=True)
     assert torch.equal(result[:3], images[:3])
+    torch.testing.assert_close(result[3:], attacks.square(net, images, right, 0.1, num_queries=60)[3:])
     corner = ((result - images).abs() > 0.1 - 1e-6) | (result == 0) | (result == 1)
     assert corner[3:].all()
     # An image that is fooled leaves the queue; only the last query can have fooled more.
@@ -251,6 +252,10 @@ def test_cw_returns_successes_or_the_image_itself(net):
     assert result.min() >= 0 and result.max() <= 1
     weak = is_wrong(net, attacks.cw(net, images, labels, num_steps=6, c=1e-3), labels)
     assert 4 <= weak.sum() < fooled.sum()
+    tie = lambda x: torch.zeros(len(x), 2) + 0 * x.sum((1, 2, 3))[:, None]  # noqa: E731
+    assert torch.equal(
+        attacks.cw(tie, images, 0 * labels, num_steps=2), images
+    )  # no success: class 0 is said
 
 
 def test_noise_goes_to_random_corners():
