@@ -25,7 +25,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-extra
 SYNTHETIC := --dataset synthetic --depth 8 --overwrite
 PUSH      := --prototype-init class-means --weight-conprox 1e-3 --lr-conprox 1e-3
 demo: $(VENV)/installed
-	$(RUN) softmax_training.py $(SYNTHETIC) --epochs 5 --milestones 4 --save-to demo/softmax.pth.tar
+	$(RUN) softmax_training.py $(SYNTHETIC) --epochs 5 --milestones 4 --warmup 0 --save-to demo/softmax.pth.tar
 	$(RUN) pcl_training.py $(SYNTHETIC) --epochs 8 $(PUSH) --init-from demo/softmax.pth.tar --save-to demo/pcl.pth.tar
 	$(RUN) robustness.py --dataset synthetic --limit 500 --overwrite --epsilon 2/255 --step-size 0.5/255 \
 		--checkpoints demo/softmax.pth.tar demo/pcl.pth.tar --results demo/robustness.json

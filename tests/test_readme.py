@@ -19,7 +19,7 @@ EVALUATIONS = [name for name in RESULTS if "sanity" not in name]
 def commands(page):
     """The command lines of a page that call Python, with its variables put in."""
     text = (ROOT / page).read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     variables = {}
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         line = re.sub(r"\$(\w+)", lambda match: variables[match[1]], line)
