@@ -5,16 +5,25 @@
 writes the weights and prototypes alone, to pass on to others. Name a PATH with .safetensors for that format.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    sys.path.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+    import startup
+
+    startup.begin()
+
 import hashlib
 import io
+import itertools
 import json
-import os
 import pickle
 import re
-import reprlib
 import warnings
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,11 +33,21 @@ from resnet_model import clean_state_dict, network_of
 from utils import CheckpointError, Fault, FileSystemError, UsageError
 
 FORMAT = 2  # version of the checkpoint's layout
+LARGEST = 2**32  # bytes of a file; a whole run of depth 110 is 16 MB
+LARGEST_CONTENT = 10**7  # characters of all texts, each number and container counting as ten
+DEEPEST = 16  # containers within one another
 SCRIPTS = {  # the script that makes a checkpoint of this name
     "CIFAR10_Softmax": "softmax_training.py",
     "CIFAR10_PCL": "pcl_training.py",
     "CIFAR10_PCL_AdvTrain_FGSM": "pcl_training_adversarial_fgsm.py",
     "CIFAR10_PCL_AdvTrain_PGD": "pcl_training_adversarial_pgd.py",
+}
+FIELDS = {  # the types of what is read by name, here and in training and evaluation
+    **dict.fromkeys(("state_dict", "criterion", "config", "network", "data", "versions"), dict),
+    **dict.fromkeys(("optimizer", "scheduler", "sums", "fingerprint", "outcomes"), dict),
+    **dict.fromkeys(("classes", "history", "log"), list),
+    **dict.fromkeys(("epoch", "batch", "images"), int),
+    "script": str,
 }
 EXPORTED = (
     *("format", "script", "network", "classes", "data", "config", "epoch", "finished", "history"),
@@ -42,7 +61,7 @@ NOT_EXPORTED_SETTINGS = ("data_dir", "init_from", "save_to", "log_to", "resume",
 
 def previous_of(path):
     """Where the checkpoint before the newest one is kept while a run is under way."""
-    return Path(f"{path}.previous")
+    return Path(f"{utils.followed(path)}.previous")
 
 
 def exists(path):
@@ -55,16 +74,15 @@ def save(state, path, keep_previous=True):
 
     During a run the checkpoint before is kept as `PATH.previous`; `keep_previous=False` removes it.
     """
-    path, previous = Path(path), previous_of(path)
     content = io.BytesIO()
     torch.save({"format": FORMAT, **state, "versions": utils.versions()}, content)
     with utils.replacing(path) as temporary:
         utils.write_bytes(temporary, content.getbuffer())
-        _check_zip(temporary)
+        _check_zip(temporary, temporary.read_bytes())
         if keep_previous and _is_whole(path):
-            os.replace(path, previous)
+            os.replace(utils.followed(path), previous_of(path))
     if not keep_previous:
-        previous.unlink(missing_ok=True)
+        previous_of(path).unlink(missing_ok=True)
 
 
 def drop_previous(path):
@@ -76,8 +94,8 @@ def drop_previous(path):
 def _is_whole(path):
     """Whether a checkpoint is there and undamaged: only such a one may replace the good one before it."""
     try:
-        _check_zip(path)
-    except CheckpointError:
+        _check_zip(path, Path(path).read_bytes())
+    except (CheckpointError, OSError):
         return False
     return True
 
@@ -90,10 +108,13 @@ def load(path):
 
     Raises CheckpointError for anything that is not a whole, readable, current checkpoint.
     """
-    path = Path(path)
-    head = check_file(path)
+    return _load(path, check_file(path))
+
+
+def _load(path, content):
+    """The dict in the bytes `content` of the file at `path`."""
     try:
-        state = _read_safetensors(path) if head[8:9] == b"{" else _read_pickle(path)
+        state = (_read_safetensors if content[8:9] == b"{" else _read_pickle)(path, content)
     except Fault:
         raise
     except Exception as error:
@@ -106,29 +127,48 @@ def load(path):
         raise CheckpointError(
             f"{path}: holds a {kind}, not a checkpoint; save the model's state_dict instead"
         )
+    _check_size(path, state)
     version = state.get("format", FORMAT)
-    if version != FORMAT:
-        newer = isinstance(version, int) and version > FORMAT
+    if version != FORMAT or type(version) is not int:
+        newer = type(version) is int and version > FORMAT
         why = "is newer than this code reads; update the project" if newer else "is unknown"
-        raise CheckpointError(f"{path}: format {reprlib.repr(version):.40} {why} (this is format {FORMAT})")
+        raise CheckpointError(f"{path}: format {version!r} {why} (this is format {FORMAT})")
+    for name in FIELDS.keys() & state.keys() if "format" in state else ():
+        if not isinstance(state[name], FIELDS[name]):
+            raise CheckpointError(f"{path}: its {name} is no {FIELDS[name].__name__}; use another copy")
     return state
 
 
-def _read_pickle(path):
+def _check_size(path, state):
+    """Raise CheckpointError for content without end, which would fill the memory once it is printed."""
+    level, size = [state], 0
+    for _ in range(DEEPEST):
+        size += sum(10 + (len(value) if isinstance(value, str | bytes) else 0) for value in level)
+        if size > LARGEST_CONTENT or any(type(value) is int and abs(value) >> 64 for value in level):
+            break
+        inside = itertools.chain.from_iterable(map(_parts, level))
+        if not (level := list(itertools.islice(inside, LARGEST_CONTENT // 10))):
+            return
+    raise CheckpointError(f"{path}: holds more than a checkpoint does: texts, lists or numbers without end")
+
+
+def _parts(value):
+    if isinstance(value, dict):
+        return itertools.chain(value.keys(), value.values())
+    return value if isinstance(value, list | tuple | set) else ()
+
+
+def _read_pickle(path, content):
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # torch warns of odd files; our error says what is wrong
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_foreign(error)}") from None
-
-
-def _foreign(error):
-    """What a refused pickle holds; unlike torch's message, without the advice to load it unsafely."""
-    names = re.findall(r"(?:GLOBAL|global|class)\s+`?([\w.]+)", str(error))
-    what = f"holds {', '.join(dict.fromkeys(names)):.150}, " if names else "holds something "
-    return f"{what}not only tensors and plain Python; refused, since it could run code: ask for a state_dict"
+        with warnings.catch_warnings(action="ignore"):  # of odd files; our error says what is wrong
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's message advises to load it unsafely
+        names = re.findall(r"(?:GLOBAL|global|class)\s+`?([\w.]+)", str(error))
+        what = ", ".join(dict.fromkeys(names))[:150] or "something"
+        raise CheckpointError(
+            f"{path}: holds {what}, not only tensors and plain Python; refused, since it could run code: "
+            "ask for a state_dict"
+        ) from None
 
 
 def load_newest(path, warn=utils.say):
@@ -145,7 +185,7 @@ def load_newest(path, warn=utils.say):
 
 
 def check_file(path):
-    """Return the first bytes of a file; CheckpointError where they or its checksums show a fault."""
+    """Return the bytes of a file; CheckpointError where they or their checksums show a fault."""
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
@@ -155,25 +195,26 @@ def check_file(path):
         maker = f"python {script} makes it; " if script else ""
         raise CheckpointError(f"{path}: no such file; {maker}in its folder: {', '.join(there) or 'none'}")
     try:
-        with open(path, "rb") as file:
-            head = file.read(512)
+        if not path.is_file() or path.stat().st_size > LARGEST:  # a pipe would make us wait
+            raise CheckpointError(f"{path}: is no ordinary file of up to {LARGEST >> 30} GiB; name another")
+        content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if not head:
+    if not content:
         raise CheckpointError(f"{path}: is empty; interrupted save? Use another copy or train again")
-    if head.startswith(b"version https://git-lfs"):
+    if content.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run 'git lfs pull'")
-    if re.match(rb"\s*(<!doctype|<html|<\?xml|<head)", head, re.IGNORECASE):
+    if re.match(rb"\s*(<!doctype|<html|<\?xml|<head)", content[:512], re.IGNORECASE):
         raise CheckpointError(f"{path}: is a web page, not a checkpoint; download the file itself")
-    if head.startswith(b"PK"):
-        _check_zip(path)
-    return head
+    if content.startswith(b"PK"):
+        _check_zip(path, content)
+    return content
 
 
-def _check_zip(path):
+def _check_zip(path, content):
     """Raise CheckpointError unless every record of a zip file has the checksum it was written with."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise zipfile.BadZipFile("it is compressed, as no checkpoint is")
             damaged = archive.testzip()
@@ -188,54 +229,77 @@ def _check_zip(path):
 # ---------------------------------------------------------------- networks in checkpoints
 
 
-def read_network(path):
-    """Return (checkpoint, clean weights, arguments of `resnet`) of a file of this project or the authors.
+class Network(NamedTuple):
+    """A network in a file: all that was saved, float32 weights and prototypes, `resnet`'s arguments."""
 
-    Raises CheckpointError when there are no weights, they fit no network, or one is not a finite number.
+    state: dict
+    weights: dict
+    arguments: dict
+    criterion: dict
+    sha256: str  # of the bytes that were read
+
+
+def read_network(path):
+    """Read the network in a file of this project or the authors as a `Network`; all that is checked of it.
+
+    Raises CheckpointError when there are no weights, they fit no network, or are no numbers to compute with.
     """
-    state = load(path)
+    content = check_file(path)
+    state = _load(path, content)
     weights = state.get("state_dict", state)
     if not (isinstance(weights, dict) and any(isinstance(value, torch.Tensor) for value in weights.values())):
         raise CheckpointError(f"{path}: holds no weights (no state_dict); is it a network's checkpoint?")
     try:
         weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
-        network = network_of(weights)
+        arguments = network_of(weights)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error!s:.200}; was it made by another network?") from None
-    check_finite(weights, path)
-    if not isinstance(state.get("config", {}), dict):  # not ours
-        state = {name: value for name, value in state.items() if name != "config"}
-    return state, weights, network
+        raise CheckpointError(f"{path}: {error}; was it made by another network?") from None
+    weights = finite(weights, path)
+    if "format" not in state:  # another project's, where these names mean something else
+        state = {name: state[name] for name in state if name not in FIELDS or name == "state_dict"}
+    criterion = finite(state.get("criterion", {}), path)
+    return Network(state, weights, arguments, criterion, hashlib.sha256(content).hexdigest())
 
 
-def check_finite(tensors, path):
-    """Raise CheckpointError when one of the named tensors holds NaN or Inf, or is no ordinary tensor."""
+def finite(tensors, path):
+    """Return named tensors as float32 and batch counters as int64; CheckpointError where one is unusable.
+
+    Unusable are bool, integer and complex numbers, NaN and Inf after the conversion, and a negative variance.
+    """
+    found = {}
     for name, value in tensors.items():
         try:
             stored = value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-            finite = bool(stored and value.isfinite().all())
-        except RuntimeError:  # sparse, quantised, or on the meta device
-            stored = finite = False
+            counts = str(name).endswith("num_batches_tracked")
+            real = not value.is_complex() and value.is_floating_point() != counts
+            found[name] = value.to(torch.int64 if counts else torch.float32) if stored and real else value
+            usable = bool(stored and found[name].isfinite().all())
+            usable = usable and not (str(name).endswith("running_var") and (value < 0).any())
+        except (AttributeError, RuntimeError):  # no tensor; sparse, quantised, or on the meta device
+            stored = usable = False
         if not stored:
-            raise CheckpointError(f"{path}: {name:.100} is no ordinary tensor; save it as one")
-        if not finite:
-            raise CheckpointError(f"{path}: {name} holds NaN or Inf; the run diverged, use an older file")
+            raise CheckpointError(f"{path}: {name} is no ordinary tensor; save it as one")
+        if not real:
+            raise CheckpointError(f"{path}: {name} is {value.dtype}; save it in floating point")
+        if not usable:
+            raise CheckpointError(f"{path}: {name} holds NaN, Inf or a variance below 0; use an older file")
+    return found
 
 
 def check_classes(state, path, classes):
     """Raise CheckpointError when a checkpoint says it was trained on other classes than `classes`."""
-    there = state.get("classes")
-    if isinstance(there, list | tuple) and list(there) != list(classes):
-        there = [name[:40] if isinstance(name, str) else reprlib.repr(name)[:40] for name in there[:3]]
+    there = list(state.get("classes", classes))
+    if there != list(classes):
+        there = ", ".join(map(str, there[:3]))
         raise CheckpointError(
-            f"{path}: trained on other classes ({', '.join(there)}, ...) than this data set has "
+            f"{path}: trained on other classes ({there}, ...) than this data set has "
             f"({', '.join(classes[:3])}, ...); give the --dataset it was trained on"
         )
 
 
 def check_holdout(state, path, dataset):
     """Raise CheckpointError when a checkpoint says it was trained on the images that `dataset` holds out."""
-    before = (state.get("config") or {}).get("holdout", 0)
+    before = state.get("config", {}).get("holdout", 0)
     if dataset.holdout and "config" in state and before != dataset.holdout:
         raise CheckpointError(
             f"{path}: trained with holdout {before}, so on images that holdout {dataset.holdout} keeps for "
@@ -292,10 +356,9 @@ def _to_safetensors(state):
     return _safetensors().torch.save(tensors, header)
 
 
-def _read_safetensors(path):
-    with _safetensors().safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def _read_safetensors(path, content):
+    tensors = _safetensors().torch.load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
     rest = header.get("checkpoint", "{}")
     if "sha256" in header and header["sha256"] != _digest(tensors, rest):
         raise CheckpointError(f"{path}: fails its checksum; the file is damaged, use another copy")

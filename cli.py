@@ -14,7 +14,9 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 
 import torch
 
-from utils import UsageError, silence_stdout
+from utils import LONGEST_LINE, UsageError, printable, silence_stdout
 
 TORCH_FLOOR = (2, 10)  # as in requirements.txt
 FILE_SYSTEM_ERRORS = (
@@ -95,27 +97,26 @@ def keep_freed_memory():
 def leave_with_status(command):
     """Call `command(argv)` and end the process: status 0, or one line and the status of the fault."""
     _prepare_streams()
-    debug = "--debug" in sys.argv
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    message = ""
+    status, message = 0, ""
     try:
         check_versions()
-        command(argv)
-        status = 0
+        with _signals_raise():
+            command(argv)
     except SystemExit as end:  # --help
         status = end.code
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+    except KeyboardInterrupt as stop:
+        status, message = 128 + (stop.args or (signal.SIGINT,))[0], "interrupted"
     except Exception as error:
         status, message = describe_error(error)
-        if debug:
+        if "--debug" in sys.argv:
             traceback.print_exc()
-    if status and message:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # closed
+        if status and message:
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except OSError:
+    except (OSError, ValueError):
         silence_stdout()
     sys.exit(status)
 
@@ -129,16 +130,33 @@ def _prepare_streams():
             getattr(sys, name).reconfigure(errors="replace")
 
 
+@contextlib.contextmanager
+def _signals_raise():
+    """Within it SIGINT and SIGTERM raise KeyboardInterrupt, so that files are closed and locks removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def describe_error(error):
-    """Return (exit status, one line) for an exception; control characters are escaped."""
-    text = " ".join(str(error).split())
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    status = getattr(error, "exit_status", None)
-    if status is not None:
-        return status, text
+    """Return (exit status, one line) for an exception; what came from a file is escaped and shortened."""
+    text, status = " ".join(str(error).split()), getattr(error, "exit_status", 1)
     if isinstance(error, OSError) and error.errno in FILE_SYSTEM_ERRORS:
-        return 6, f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
-    return 1, f"internal error, {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+        text = f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
+        status = 6
+    if status == 1:
+        text = f"internal error, {type(error).__name__}: {text or 'no message'} (--debug shows where)"
+    return status, printable(text, 300 if status in (3, 4) else LONGEST_LINE)
 
 
 def _is_out_of_memory(error):
@@ -159,7 +177,11 @@ def check_versions():
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UsageErrors."""
+    """An argument parser whose errors are UsageErrors, and which takes -1e-9 for a number."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")  # as argparse has it since 3.14
 
     def error(self, message):
         raise UsageError(message)
@@ -202,7 +224,11 @@ def field_comments(config_class):
     found = {}
     for base in reversed([base for base in config_class.__mro__ if dataclasses.is_dataclass(base)]):
         heading = ""
-        for line in inspect.getsource(base).splitlines():
+        try:
+            lines = inspect.getsource(base).splitlines()
+        except (OSError, TypeError):
+            raise UsageError("options are read from the script's file: run it as python SCRIPT") from None
+        for line in lines:
             if match := re.match(r"    # (.+)", line):
                 heading = match[1]
             elif match := re.match(r"    (\w+): .*? = (.*?)(?:  # (.*))?$", line):
@@ -241,17 +267,13 @@ def _value(kind, optional, text):
         return None
     try:
         return {int: int, float: fraction}.get(kind, str)(text)
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError):
         return text
 
 
 def fraction(text):
-    """Return the float that `8/255` or `0.03` means; ValueError for anything else."""
-    numerator, slash, denominator = text.partition("/")
-    if not slash:
-        return float(text)
-    if float(denominator) == 0:
-        raise ValueError("division by zero")
+    """Return the float that `8/255` or `0.03` means; ValueError or ZeroDivisionError for anything else."""
+    numerator, denominator = text.split("/") if "/" in text else (text, 1)
     return float(numerator) / float(denominator)
 
 
@@ -307,17 +329,18 @@ def _check(name, value, hint):
     if value is None and kind.optional:
         return
     if plain is Literal:
-        if value not in get_args(kind.type):
+        if type(value) is not str or value not in get_args(kind.type):
             raise UsageError(_unknown_name(_option(name), value, get_args(kind.type)))
         return
-    fits = isinstance(value, int | float if plain is float else plain) and OF_TYPE[plain].test(value)
-    fits = fits and (plain is bool or not isinstance(value, bool))
+    # The exact type: a numpy number would make a checkpoint that is no plain Python.
+    fits = type(value) in ((int, float) if plain is float else (plain,)) and OF_TYPE[plain].test(value)
     if fits and plain is tuple:
         for part in value:
             _check(name, part, get_args(kind.type)[0])
     allowed = kind.allowed or OF_TYPE[plain]
     if not (fits and allowed.test(value)):
-        raise UsageError(f"{_option(name)} {_text(value)}: {name} {allowed.words}")
+        kind = "" if type(value) in (int, float, str) else f" ({type(value).__name__})"
+        raise UsageError(f"{_option(name)} {_text(value)}{kind}: {name} {allowed.words}")
 
 
 def _option(name):

@@ -10,6 +10,15 @@ With features f of 256 and of 1024 dimensions, and prototypes w and v that are t
 as in the released code; README.md lists where Eq. 5 and 9 of the paper differ.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    sys.path.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+    import startup
+
+    startup.begin()
+
 from dataclasses import dataclass
 from typing import Literal
 

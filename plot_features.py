@@ -9,6 +9,15 @@ they are and not of their projection, are printed and written as JSON beside it.
 (`pip install matplotlib`), the numbers do not.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    sys.path.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+    import startup
+
+    startup.begin()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple

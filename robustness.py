@@ -15,6 +15,15 @@ cw of least distance; noise; autoattack, the reference implementation. Where a l
 square, leaves less than cross-entropy does, the lower number is the one to believe; --sanity looks for more.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    sys.path.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+    import startup
+
+    startup.begin()
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,6 +7,15 @@ table, and where every PCL script starts from. Settings are the released ones wh
 them below or pass them as options (`--epochs 20 --depth 20`).
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    sys.path.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+    import startup
+
+    startup.begin()
+
 from dataclasses import dataclass
 
 import torch

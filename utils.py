@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -17,6 +18,8 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+LONGEST_LINE = 2000  # characters of a line that is printed
+
 # ---------------------------------------------------------------- faults
 
 
@@ -26,33 +29,23 @@ class Fault(Exception):
     exit_status = 1
 
 
-class UsageError(Fault):
-    """An option that cannot be used."""
-
+class UsageError(Fault):  # an option that cannot be used
     exit_status = 2
 
 
-class DataError(Fault):
-    """Images or labels that cannot be used."""
-
+class DataError(Fault):  # images or labels that cannot be used
     exit_status = 3
 
 
-class CheckpointError(Fault):
-    """A checkpoint that cannot be read, or does not fit."""
-
+class CheckpointError(Fault):  # a checkpoint that cannot be read, or does not fit
     exit_status = 4
 
 
-class DivergenceError(Fault):
-    """A number that became NaN or infinite, or ran away."""
-
+class DivergenceError(Fault):  # a number that became NaN or infinite, or ran away
     exit_status = 5
 
 
-class FileSystemError(Fault):
-    """A file that cannot be written, or must not be replaced."""
-
+class FileSystemError(Fault):  # a file that cannot be written, or must not be replaced
     exit_status = 6
 
 
@@ -79,36 +72,43 @@ def versions():
 # ---------------------------------------------------------------- messages
 
 
-def say(line="", log_path=None):
-    """Print a line at once, and append it to `log_path`. A closed stdout (`| head`) stops nothing."""
+def printable(text, longest=300):
+    """Return `text`, from a file or its name, for a message: control characters escaped, shortened."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= longest else f"{shown[: longest // 2 - 10]} ... {shown[-longest // 2 :]}"
+
+
+def say(text="", log_path=None):
+    """Print lines at once, and append them to `log_path`. A closed stdout (`| head`) stops nothing."""
+    text = "\n".join(printable(line, LONGEST_LINE) for line in text.split("\n"))
     try:
         with tqdm.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
-    except OSError:  # the reader has gone, or the disk that stdout leads to is full: the run goes on
+            print(text, flush=True)
+    except (OSError, ValueError):  # the reader has gone, or the disk that stdout leads to is full: go on
         silence_stdout()
     if log_path is not None:
-        note(line, log_path)
+        note(text, log_path)
 
 
 def note(line, log_path):
     """Append a line to a log; FileSystemError when the file system refuses."""
-    try:
-        with open(log_path, "a", encoding="utf-8", errors="replace") as log:
-            log.write(line + "\n")
-    except OSError as error:
-        raise FileSystemError(f"{log_path}: not written ({error.strerror}); free some space") from None
+    refusing, encoding = _refusing(log_path, "not written ({}); free some space"), "utf-8"
+    with refusing, open(log_path, "a", encoding=encoding, errors="replace") as log:
+        log.write(line + "\n")
 
 
 def silence_stdout():
     """Point stdout at /dev/null, so that neither a later print nor the interpreter's exit complains."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    null = open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.suppress(OSError, ValueError):  # closed, or a stream that is no file
+        os.dup2(null.fileno(), sys.stdout.fileno())
+    sys.stdout = null
 
 
 def progress(iterable, total, description, initial=0):
     """A progress bar on stderr; silent where stderr is no terminal."""
-    return tqdm(
-        iterable, total=total, initial=initial, desc=description, leave=False, disable=not sys.stderr.isatty()
-    )
+    quiet, description = not sys.stderr.isatty(), printable(description, 60)
+    return tqdm(iterable, total=total, initial=initial, desc=description, leave=False, disable=quiet)
 
 
 # ---------------------------------------------------------------- device and seeds
@@ -118,10 +118,8 @@ def select_device(name):
     """Return the torch.device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; say what `auto` chose."""
     if name == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        detail = (
-            torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        )
-        say(f"device: {device} ({detail})")
+        threads = f"{torch.get_num_threads()} threads"
+        say(f"device: {device} ({threads if device.type == 'cpu' else torch.cuda.get_device_name()})")
         return device
     try:
         device = torch.device(name)
@@ -230,27 +228,41 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def followed(path):
+    """The file that is written under `path`: where a symbolic link leads, so that the link stays."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
 def prepare_output(path):
     """Make the folder of `path`, prove that a file can be written there, and clear stale temporary files.
 
     Raises FileSystemError, before any work is done rather than after it.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    if Path(path).is_dir():
+        raise FileSystemError(f"{path}: is a directory; name a file in it")
+    file = followed(path)
+    with _refusing(path, "cannot write there ({}); choose another path"):
+        if file.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for stale in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
             stale.unlink()
-        probe = _temporary(path)
+        probe = _temporary(file)
         probe.write_bytes(b"probe")
         probe.unlink()
-    except OSError as error:
-        raise FileSystemError(f"{path}: cannot write there ({error.strerror}); choose another path") from None
-    if path.is_dir():
-        raise FileSystemError(f"{path}: is a directory; name a file in it")
 
 
 def _temporary(path):
     return path.parent / f"{path.name}.{os.getpid()}.tmp"
+
+
+@contextlib.contextmanager
+def _refusing(path, words):
+    """Within it an OSError becomes a FileSystemError of `path`, its reason put into `words`."""
+    try:
+        yield
+    except OSError as error:
+        raise FileSystemError(f"{path}: {words.format(error.strerror)}") from None
 
 
 @contextlib.contextmanager
@@ -260,21 +272,18 @@ def replacing(path):
     On any failure `path` stays byte for byte as it was and the temporary file is removed.
     Raises FileSystemError when the file system refuses.
     """
-    path = Path(path)
-    temporary = _temporary(path)
+    file = followed(path)
+    temporary = _temporary(file)
+    words = "not written ({}); the old file, if any, is as it was: free some space or choose another path"
     try:
-        yield temporary
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself survives a power cut
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise FileSystemError(
-            f"{path}: not written ({error.strerror}); the old file, if any, is as it was: free some space or "
-            "choose another path"
-        ) from None
+        with _refusing(path, words):
+            yield temporary
+            os.replace(temporary, file)
+            folder = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the rename itself survives a power cut
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -285,12 +294,10 @@ def hold(path):
 
     Raises FileSystemError when another process holds it. Where the file system cannot lock, nothing is held.
     """
-    lock = Path(f"{path}.lock")
-    try:
+    lock = Path(f"{followed(path)}.lock")
+    with _refusing(path, "cannot write there ({}); choose another path"):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "ab")  # noqa: SIM115
-    except OSError as error:
-        raise FileSystemError(f"{path}: cannot write there ({error.strerror}); choose another path") from None
     with file:
         if not _locked(file, lock):
             raise FileSystemError(f"{path}: another process is writing it; wait for its end, or name another")

@@ -142,7 +142,7 @@ def comparison_table(config: Config, measured: list[dict]) -> str:
         span = f"{min(entry['ratios']):.2f} to {max(entry['ratios']):.2f}"
         same = f"{entry['same_outcome']} of {entry['images']}" if "same_outcome" in entry else ""
         rows.append([title(entry["row"], config), *speeds, f"{entry['ratio']:.2f}", span, *peaks, same])
-    return timing.table(rows)
+    return utils.markdown_table(rows)
 
 
 def growth_table(measured: list[dict]) -> str:
@@ -154,7 +154,7 @@ def growth_table(measured: list[dict]) -> str:
         cells = [f"{entry['knob']} ({entry['row']})", str(entry["value"]), f"{entry['median']:.3f}"]
         cells += [f"{slower:.2f}", f"{entry['images_per_second']:.1f}", mib(peaks[0])]
         rows.append([*cells, f"{peaks[0] / peaks[1]:.2f}" if all(peaks) else "?"])
-    return timing.table(rows)
+    return utils.markdown_table(rows)
 
 
 def mib(value: float | None) -> str:

@@ -93,11 +93,3 @@ def _cpu_name() -> str:
 def _read(path: str) -> str:
     """The text of a file, empty where there is none: not every system has /proc."""
     return Path(path).read_text() if Path(path).exists() else ""
-
-
-def table(rows: list[list[str]]) -> str:
-    """Aligned Markdown; the first of `rows` is the head, the first column is the only one aligned left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])

@@ -76,6 +76,8 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
         images, attacked, labels, zeros = attack_block(target, trial, split, start, batch_size, seed)
         with exact_float32(), torch.no_grad():
             logits = target.logits(attacked)
+        if trial.attack is None and not logits.isfinite().all():
+            raise utils.CheckpointError(f"{target.path}: its scores are NaN or infinite; use an older file")
         _extend(outcome, images, attacked, labels, logits, zeros)
         if keep_in is not None:
             _keep_block(keep_in, start, images, attacked, labels, outcome)

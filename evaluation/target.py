@@ -9,7 +9,6 @@ from torch import nn
 import attacks
 import checkpoints
 import prototype_conformity
-import utils
 from prototype_conformity import PrototypeConformityLoss
 from resnet_model import folded, resnet
 from utils import CheckpointError
@@ -66,7 +65,8 @@ def load_target(path, device, classes, predict="softmax"):
 
     `predict`: by the largest logit, `softmax`, or by the nearest `prototype`.
     """
-    state, model, prototypes = _load(path, device)
+    read, model, prototypes = _load(path, device)
+    state = read.state
     checkpoints.check_classes(state, path, classes)
     if model.num_classes != len(classes):
         raise CheckpointError(
@@ -74,9 +74,7 @@ def load_target(path, device, classes, predict="softmax"):
         )
     kept = {name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state}
     fast = folded(model).network.to(memory_format=torch.channels_last)
-    target = Target(
-        _label(path, kept), utils.sha256(path), model, fast, str(path), model.depth, prototypes, kept
-    )
+    target = Target(_label(path, kept), read.sha256, model, fast, str(path), model.depth, prototypes, kept)
     if predict == "softmax":
         return target
     if not target.has_pull:
@@ -93,7 +91,7 @@ def load_target(path, device, classes, predict="softmax"):
 def _label(path, kept):
     """What a checkpoint's row is called: by its script and settings, or else by its file."""
     label = LABELS.get(kept.get("script"), Path(path).name.split(".")[0])
-    settings = kept.get("config") or {}
+    settings = kept.get("config", {})
     if label.startswith("PCL") and settings.get("weight_prox") == settings.get("weight_conprox") == 0:
         return f"No {label}"  # stage 2 as a control, with both terms switched off
     if label.startswith("PCL") and all(settings.get(name) for name in ("shared_prototypes", "separation")):
@@ -102,16 +100,13 @@ def _label(path, kept):
 
 
 def _load(path, device):
-    """(checkpoint, its network in eval mode, its prototypes or None)."""
-    state, weights, network = checkpoints.read_network(path)
-    for name, kind in (("script", str), ("criterion", dict)):
-        if not isinstance(state.get(name), kind | None):
-            raise CheckpointError(f"{path}: its {name} is no {kind.__name__}; use another copy")
-    model = resnet(**network)
-    model.load_state_dict(weights)
+    """(what was read, its network in eval mode, its prototypes or None)."""
+    read = checkpoints.read_network(path)
+    model = resnet(**read.arguments)
+    model.load_state_dict(read.weights)
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    prototypes = _prototypes(path, state.get("criterion") or {}, state.get("config") or {}, model)
-    return state, model, None if prototypes is None else prototypes.to(device)
+    prototypes = _prototypes(path, read.criterion, read.state.get("config", {}), model)
+    return read, model, None if prototypes is None else prototypes.to(device)
 
 
 def _prototypes(path, criterion, config, model):
@@ -124,7 +119,6 @@ def _prototypes(path, criterion, config, model):
         ) from None
     if prototypes is None:
         return None
-    checkpoints.check_finite(prototypes.state_dict(), path)
     for terms in (prototypes.proximity, prototypes.contrastive):
         for layer, term in terms.items():
             wanted = model.num_classes, model.feat_dims.get(layer)

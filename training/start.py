@@ -15,16 +15,16 @@ def start_from(model, config, dataset):
     if config.resumes:
         return
     path = config.init_from
-    state, weights, network = checkpoints.read_network(path)
-    for name, value in network.items():
+    read = checkpoints.read_network(path)
+    for name, value in read.arguments.items():
         if value != getattr(model, name) and not (name == "aux_dim" and value == 0):
             raise utils.CheckpointError(
                 f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it "
                 "was trained with or another --init-from"
             )
-    checkpoints.check_classes(state, path, dataset.classes)
-    checkpoints.check_holdout(state, path, dataset)
-    model.load_state_dict({**model.state_dict(), **weights})
+    checkpoints.check_classes(read.state, path, dataset.classes)
+    checkpoints.check_holdout(read.state, path, dataset)
+    model.load_state_dict({**model.state_dict(), **read.weights})
     percent = accuracy(model, dataset.test)
-    epoch = state.get("epoch", "?")
+    epoch = read.state.get("epoch", "?")
     utils.say(f"starting from {path}, epoch {epoch}, right on {percent:.2f} % of the {dataset.tested} images")
