@@ -4,12 +4,15 @@ import dataclasses
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from commands import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,7 +141,9 @@ BAD = [
     *(("aux_dim", value) for value in (-1, 1.0)),
     *(("fc_dim", value) for value in (0, -1, 2.0)),
     *(("eval_every", value) for value in (0, -1)),
-    *(("gamma", value) for value in (0, math.nan)),
+    *(("gamma", value) for value in (0, math.nan, np.float64(0.1), np.float32(0.1))),
+    *(("epochs", value) for value in (np.int64(3), np.array([3, 4]))),
+    *(("dataset", value) for value in (np.str_("cifar10"), np.array(["cifar10", "folder"]), ["cifar10"])),
 ]
 
 
@@ -147,7 +152,7 @@ def test_item_40_a_bad_value_is_refused_typed_or_edited_into_the_config(name, va
     with pytest.raises(UsageError) as caught:
         cli.validate(dataclasses.replace(PGD(), **{name: value}))
     assert option(name) in str(caught.value) and "\n" not in str(caught.value)
-    if isinstance(value, int | float | tuple) and not isinstance(value, bool) and name != "save_to":
+    if type(value) in (int, float, tuple) and name != "save_to":
         words = [option(name), *map(str, value)] if isinstance(value, tuple) else [f"{option(name)}={value}"]
         assert option(name) in refusal(PGD, *words)
 
@@ -184,7 +189,7 @@ def test_the_defaults_of_every_script_are_valid_and_its_help_names_every_option(
     assert set(notes) == names
     plain = {"lr", "momentum", "weight_decay", "gamma", "seed"}  # that need no word
     unexplained = {name for name, (_, _, note) in notes.items() if not note} - plain
-    assert unexplained <= {"epochs", "attacks", "layers"}, unexplained
+    assert unexplained <= {"epochs", "attacks", "layers", "warmup_factor"}, unexplained
 
 
 # ---------------------------------------------------------------- fuzz
@@ -337,12 +342,78 @@ def test_item_45_a_torch_below_the_floor_of_requirements_txt_is_one_line(monkeyp
     assert "torch>=2.10\n" in (ROOT / "requirements.txt").read_text()
 
 
-def test_item_61_streams_without_reconfigure_as_in_a_notebook(monkeypatch):
+@pytest.mark.parametrize("closed", [False, True])
+def test_item_61_streams_without_reconfigure_as_in_a_notebook(closed, tmp_path, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.StringIO())
+        if closed:
+            getattr(sys, name).close()
+    given = soak.tiny(tmp_path / "run.pth.tar", limit=6, epochs=1)
+    monkeypatch.setattr(sys, "argv", ["softmax_training.py", *given])
     with pytest.raises(SystemExit) as ended:
-        cli.leave_with_status(lambda argv: print("done"))
-    assert ended.value.code == 0 and sys.stdout.getvalue() == "done\n"
+        cli.run(softmax_training.main, softmax_training.Config)
+    assert ended.value.code == 0 and checkpoints.load(tmp_path / "run.pth.tar")["finished"]
+
+
+PROGRAM = """
+import sys, os, builtins, signal
+real = builtins.__import__
+def importing(name, *rest, **more):
+    if name == "torch":
+        builtins.__import__ = real
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return real(name, *rest, **more)
+builtins.__import__ = importing
+sys.argv[:] = [sys.argv[1], "--help"]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "script", ["softmax_training.py", "robustness.py", "plot_features.py", "checkpoints.py"]
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_item_60_a_signal_while_torch_is_imported(script, signum):
+    done = python("-c", PROGRAM.replace("sys.argv[2]", str(signum.value)), ROOT / script)
+    assert done.returncode == 128 + signum and done.stderr == f"{script}: interrupted\n" and not done.stdout
+
+
+def python(*words, cwd=ROOT, **more):
+    environment = {**os.environ, **more.pop("env", {})}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **more
+    )
+
+
+def test_item_62_ways_to_call_a_script(tmp_path):
+    given = soak.tiny(tmp_path / "run.pth.tar", limit=6, epochs=1)
+    script, link = ROOT / "softmax_training.py", tmp_path / "stage 1.py"
+    link.symlink_to(script)
+    done = python(link, *given, cwd=tmp_path, env={"PYTHONSAFEPATH": "1"})
+    assert done.returncode == 0, done.stderr
+    assert checkpoints.load(tmp_path / "run.pth.tar")["script"] == "softmax_training"
+    done = python("-m", "cProfile", "-o", tmp_path / "profile", script, *given, "--epochs", "0")
+    assert done.returncode == 2 and "--epochs 0: epochs is" in done.stderr
+    done = python("-", *given, "--overwrite", input=script.read_text())
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "run it as python SCRIPT" in done.stderr
+
+
+def test_item_63_a_default_that_no_dataclass_takes_is_one_line(tmp_path):
+    (tmp_path / "edited.py").write_text(
+        (ROOT / "softmax_training.py").read_text().replace("(81, 122, 140)", "[81, 122]")
+    )
+    done = python(tmp_path / "edited.py", env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "milestones" in done.stderr
+
+
+@pytest.mark.parametrize("number", ["-1e-9", "-.5", "-1/255", "-inf", "-nan"])
+def test_item_63_a_negative_number_is_a_value_and_no_option(number):
+    """Typed after a blank, as an option is."""
+    for name in ("--epsilon", "--epsilons"):
+        code, _, said = run(robustness, name, number)
+        assert code == 2 and f"{name} " in said and "lies in [0, 1]; 8/255?" in said
 
 
 # ---------------------------------------------------------------- statuses
@@ -385,6 +456,13 @@ def test_every_kind_of_error_has_its_status_and_one_line(monkeypatch, capsys, er
     assert code == status and said.count("\n") == 1 and said.startswith("softmax_training.py: ")
     code, said = leave(monkeypatch, capsys, error, "--debug")
     assert code == status and (status == 130 or "Traceback" in said)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_item_60_a_signal_outside_the_loops_ends_with_its_status(monkeypatch, capsys, signum):
+    monkeypatch.setattr(softmax_training, "main", lambda config: os.kill(os.getpid(), signum))
+    before = signal.getsignal(signum)
+    assert run(softmax_training)[0] == 128 + signum and signal.getsignal(signum) is before
 
 
 def test_a_stop_on_purpose_is_a_success(monkeypatch, capsys):

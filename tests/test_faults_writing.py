@@ -1,12 +1,14 @@
 """Writing: a full disk, a place that cannot be written, a file that is there already (items 16 to 20)."""
 
 import contextlib
+import json
 import os
 import resource
 import signal
 import subprocess
 
 import pytest
+from commands import evaluation_of, run
 
 import checkpoints
 import cli
@@ -187,3 +189,32 @@ def test_a_file_that_is_no_log_is_not_replaced_by_one(tmp_path):
     with pytest.raises(utils.FileSystemError, match="is no log"):
         train(tmp_path / "run.pth.tar", log_to=notes)
     assert notes.read_text() == "years of work"
+
+
+# ---------------------------------------------------------------- item 58: symbolic links
+
+
+def test_item_58_the_file_that_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
+    """The lock and the checkpoint before lie where the file lies, too."""
+    place, there = tmp_path / "large disk" / "run.pth.tar", tmp_path / "run.pth.tar"
+    there.symlink_to(place.relative_to(tmp_path))  # whose folder is not there yet
+    train(there, epochs=1)
+    train(there, "--resume", epochs=2, save_every_minutes=1e-9)
+    results = tmp_path / "results.json"
+    results.symlink_to("large disk/numbers.json")
+    assert run(robustness, *evaluation_of(there))[0] == 0
+    assert json.loads((place.parent / "numbers.json").read_text())
+    assert there.is_symlink() and results.is_symlink() and not place.is_symlink()
+    assert checkpoints.load(place)["epoch"] == 2
+    assert {file.name for file in place.parent.iterdir()} == {place.name, "numbers.json"}
+    with utils.hold(place):
+        code, _, said = run(softmax_training, *soak.tiny(there, **TINY), "--overwrite")
+    assert code == 6 and "another process is writing it" in said
+
+
+def test_item_58_links_in_a_circle(tmp_path):
+    path = tmp_path / "run.pth.tar"
+    path.symlink_to("other.pth.tar")
+    (tmp_path / "other.pth.tar").symlink_to(path)
+    code, _, said = run(softmax_training, *soak.tiny(path, **TINY))
+    assert code == 6 and "Too many levels of symbolic links" in said and path.is_symlink()
