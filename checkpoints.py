@@ -254,14 +254,14 @@ def read_network(path):
         arguments = network_of(weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; was it made by another network?") from None
-    weights = finite(weights, path)
+    weights = check_finite(weights, path)
     if "format" not in state:  # another project's, where these names mean something else
         state = {name: state[name] for name in state if name not in FIELDS or name == "state_dict"}
-    criterion = finite(state.get("criterion", {}), path)
+    criterion = check_finite(state.get("criterion", {}), path)
     return Network(state, weights, arguments, criterion, hashlib.sha256(content).hexdigest())
 
 
-def finite(tensors, path):
+def check_finite(tensors, path):
     """Return named tensors as float32 and batch counters as int64; CheckpointError where one is unusable.
 
     Unusable are bool, integer and complex numbers, NaN and Inf after the conversion, and a negative variance.

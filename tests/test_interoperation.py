@@ -42,9 +42,9 @@ def batch(checkpoint):
 
 
 def test_classifier_is_the_checkpoints_network(checkpoint, model, batch):
-    _, weights, arguments = checkpoints.read_network(checkpoint)
-    network = resnet_model.resnet(**arguments)
-    network.load_state_dict(weights)
+    read = checkpoints.read_network(checkpoint)
+    network = resnet_model.resnet(**read.arguments)
+    network.load_state_dict(read.weights)
     torch.testing.assert_close(model(batch[0]), network.eval()(batch[0]).logits, rtol=1e-4, atol=1e-4)
     assert isinstance(model, torch.nn.Module)
     assert not model.training

@@ -135,7 +135,7 @@ class Run:
 
     def restore(self, state, path):
         """Take over everything that `state` holds."""
-        checkpoints.finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
+        checkpoints.check_finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
