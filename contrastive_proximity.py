@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import utils
 
@@ -19,14 +19,14 @@ class ContrastiveProximity(nn.Module):
         5, which the released code lacks.
     """
 
-    def __init__(self, num_classes: int, feat_dim: int, squared: bool = True, separation: bool = False):
+    def __init__(self, num_classes, feat_dim, squared=True, separation=False):
         super().__init__()
         if num_classes < 2 or feat_dim < 1:
             raise ValueError(f"{num_classes} classes of {feat_dim} features: must be from 2 and from 1 up")
         self.squared, self.separation = squared, separation
         self.centers = nn.Parameter(torch.randn(num_classes, feat_dim))
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features, labels):
         """The loss, a float32 scalar, of `features`, N x feat_dim, and `labels`, N, in [0, num_classes).
 
         Computed in float32, also under autocast; in float64 for features of float64. Raises ValueError for
@@ -42,11 +42,6 @@ class ContrastiveProximity(nn.Module):
             own = labels[:, None] == torch.arange(num_classes, device=labels.device)
             return distances.masked_fill(own, 0).sum() / (len(labels) * (num_classes - 1))
 
-    def distances(self, features: Tensor) -> Tensor:
+    def distances(self, features):
         """The distance, squared or plain, of each feature to each prototype: N x num_classes."""
         return utils.distances(features, self.centers, self.squared)
-
-    def extra_repr(self) -> str:
-        num_classes, feat_dim = self.centers.shape
-        options = f"squared={self.squared}, separation={self.separation}"
-        return f"num_classes={num_classes}, feat_dim={feat_dim}, {options}"

@@ -2,36 +2,32 @@
 
 A whole data set fits on the device (CIFAR-10: 184 MB). It is read once, kept there as bytes, and cropped,
 flipped and scaled in batches: no worker processes and no image library in the training loop. Networks and
-attacks see floats in [0, 1], which `to_float` makes; nothing here normalises.
-
-Shuffles and augmentations draw from a `torch.Generator` on the CPU that the caller seeds. So a run can be
-repeated, or resumed in the middle of an epoch, on any device.
+attacks see floats in [0, 1], which `to_float` makes. Shuffles and augmentations draw from a `torch.Generator`
+on the CPU that the caller seeds: a run can be repeated, or resumed within an epoch, on any device.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
-import itertools
 import math
 import pickle
 import socket
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
+import image_folder
 import utils
+from image_folder import SIDE, SPLITS, unusable
 from utils import DataError
 
-SPLITS = ("train", "test")
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -44,8 +40,15 @@ class Split:
     images: torch.Tensor
     labels: torch.Tensor
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.labels)
+
+    @functools.cached_property
+    def sha256(self):
+        """The SHA-256, in hexadecimal digits, of the bytes of the images and then of the labels."""
+        digest = hashlib.sha256(self.images.cpu().contiguous().numpy())
+        digest.update(self.labels.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -62,81 +65,48 @@ class Dataset:
     holdout: int = 0
 
     @property
-    def tested(self) -> str:
+    def tested(self):
         """What to call the images of `test`."""
         return "held-out training" if self.holdout else "test"
 
-    def describe(self) -> dict[str, str | list[int]]:
+    def describe(self):
         """Return what tells this data set from others, in plain Python that a checkpoint and JSON can hold.
 
-        It is the name and, of each split, its size, the sum of its pixels, and a sum of its labels that
-        changes with their order.
+        It is the name and, of each split, its size and SHA-256. Equal data sets have equal descriptions.
         """
-        described = {"name": self.name}
-        for name, split in (("train", self.train), ("test", self.test)):
-            if split is not None:
-                places = torch.arange(1, len(split) + 1, device=split.labels.device)
-                sums = split.images.sum(dtype=torch.int64), (split.labels * places).sum()
-                described[name] = [len(split), *map(int, sums)]
-        return described
+        splits = {name: getattr(self, name) for name in SPLITS}
+        sums = {name: [len(split), split.sha256] for name, split in splits.items() if split is not None}
+        return {"name": self.name, **sums}
 
 
-def load(
-    dataset: str,
-    data_dir: str | Path,
-    *,
-    limit: int | None = None,
-    holdout: int = 0,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    splits: Sequence[str] = SPLITS,
-) -> Dataset:
-    """Read the data set called `dataset` onto `device`.
+def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", splits=SPLITS):
+    """Read the data set called `dataset`, one of DATASETS, onto `device`. Raises DataError.
 
     `cifar10` is read from DATA_DIR/cifar-10-batches-py and downloaded when it is not there; `folder` is read
     from DATA_DIR/{train,test}/<class>/<image files>; `synthetic` is drawn, and `seed` decides what.
     `limit` keeps that many images of each split: the first of each class, in their order. `holdout` takes
     that many images, the last of each class, out of the training images. They take the place of the test
-    images, which are not read, so that settings can be chosen by them. Raises DataError.
+    images, which are not read, so that settings can be chosen by them.
     """
-    if dataset not in _READERS:
-        raise DataError(f"unknown data set {dataset!r}: the data sets are {', '.join(_READERS)}")
-    if not splits or set(splits) - set(SPLITS):
-        raise ValueError(f"splits are some of {SPLITS}, not {splits!r}")
-    root, loaded = Path(data_dir).expanduser(), {}
+    try:
+        root, loaded = Path(data_dir).expanduser(), dict.fromkeys(SPLITS)
+    except RuntimeError as cause:
+        raise unusable(data_dir, "begins with a user who has no home here; change --data-dir") from cause
+    classes, found = _READERS[dataset](root, ("train",) if holdout else splits, seed)
     for split in splits:
-        classes, labels, read = _READERS[dataset](root, "train" if holdout else split, seed)
-        if not 0 <= labels.min() <= labels.max() < len(classes):
-            raise DataError(
-                f"{root}: {split} labels run from {labels.min()} to {labels.max()}, beyond 0 to "
-                f"{len(classes) - 1}; this is another data set: choose another folder with --data-dir"
-            )
-        kept = _kept_indices(labels, split, limit, holdout)
+        labels, read = found["train" if holdout else split]
+        kept, most = np.arange(len(labels)), limit
+        if holdout:
+            _check_count("holdout", holdout, len(labels) - 1, "training images can be held out")
+            held = np.sort(len(labels) - 1 - balanced_indices(labels[::-1], holdout, "train"))
+            kept = held if split == "test" else np.setdiff1d(kept, held)
+            most = min(limit, holdout) if limit and split == "test" else limit
+        kept = kept[balanced_indices(labels[kept], most, split)]
         loaded[split] = Split(read(kept).to(device), torch.from_numpy(labels[kept]).to(device, torch.int64))
-    sizes = {split: f"{part.images.shape[2]}x{part.images.shape[3]}" for split, part in loaded.items()}
-    if len(set(sizes.values())) > 1:
-        raise DataError(
-            f"{root}: images are {sizes['train']} in train and {sizes['test']} in test; resize some"
-        )
-    return Dataset(dataset, classes, loaded.get("train"), loaded.get("test"), holdout)
+    return Dataset(dataset, classes, **loaded, holdout=holdout)
 
 
-def _kept_indices(labels: np.ndarray, split: str, limit: int | None, holdout: int) -> np.ndarray:
-    """Return the sorted indices, among all `labels`, of the images that `load` gives as `split`."""
-    if not holdout:
-        return balanced_indices(labels, limit, split)
-    if not 0 < holdout < len(labels):
-        most = len(labels) - 1
-        raise DataError(f"holdout {holdout} is out of bounds: 1 to {most} training images can be held out")
-    indices = np.sort(len(labels) - 1 - balanced_indices(labels[::-1], holdout, "train"))
-    if split == "train":
-        indices = np.setdiff1d(np.arange(len(labels)), indices)
-    elif limit is not None:
-        limit = min(limit, holdout)
-    return indices[balanced_indices(labels[indices], limit, split)]
-
-
-def balanced_indices(labels: np.ndarray, limit: int | None, split: str) -> np.ndarray:
+def balanced_indices(labels, limit, split):
     """Return the sorted indices of `limit` of the labels, equally many of each class; None keeps all.
 
     They are the first of each class. What a division leaves over goes to the first classes, and what a class
@@ -144,41 +114,49 @@ def balanced_indices(labels: np.ndarray, limit: int | None, split: str) -> np.nd
     """
     if limit is None:
         return np.arange(len(labels))
-    if not 1 <= limit <= len(labels):
-        raise DataError(f"limit {limit} is out of bounds: 1 to {len(labels)} {split} images can be kept")
+    _check_count("limit", limit, len(labels), f"{split} images can be kept")
     by_class = np.argsort(labels, kind="stable")
     rank = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])  # within the class
     return np.sort(by_class[np.argsort(rank, kind="stable")[:limit]])
 
 
-# A reader takes (root, split, seed). It returns the class names, the labels of all images, and a function
-# that reads the images of given indices, so that images beyond the limit are never read.
+def _check_count(name, count, most, words):
+    if not 1 <= count <= most:
+        raise DataError(f"{name} {count} is out of bounds: 1 to {most} {words}")
 
 
-def _read_cifar10(root: Path, split: str, seed: int):
-    folder = root / CIFAR10.base_folder
-    files = CIFAR10.train_list if split == "train" else CIFAR10.test_list
-    if not all((folder / name).exists() for name, _ in files):
-        _download_cifar10(root)
-    batches = [_unpickle(folder / name, md5) for name, md5 in files]
-    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    labels = np.concatenate([batch["labels"] for batch in batches])
-    return CIFAR10_CLASSES, labels, lambda indices: torch.from_numpy(images[indices])
+# A reader takes (root, splits, seed). It returns the class names and, of each split, the
+# labels of all images and a function that reads the images of given indices: none is read beyond the limit.
 
 
-def _unpickle(path: Path, md5: str) -> dict:
+def _read_cifar10(root, splits, seed):
+    found = {}
+    for split in splits:
+        files = CIFAR10.train_list if split == "train" else CIFAR10.test_list
+        paths = [root / CIFAR10.base_folder / name for name, _ in files]
+        if not all(path.exists() for path in paths):
+            _download_cifar10(root)
+        batches = [_unpickle(path, md5) for path, (_, md5) in zip(paths, files, strict=True)]
+        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
+        labels = np.concatenate([batch["labels"] for batch in batches])
+        if labels.min() < 0 or labels.max() > 9:
+            raise unusable(root, f"has {split} labels from {labels.min()} to {labels.max()}, beyond 0 to 9")
+        found[split] = labels, torch.from_numpy(images).__getitem__
+    return CIFAR10_CLASSES, found
+
+
+def _unpickle(path, md5):
     """Return the content of a CIFAR-10 file. Nothing is unpickled but the very bytes whose MD5 is right."""
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
     except OSError as cause:
-        raise DataError(f"{path} is unreadable ({cause.strerror}); delete it to unpack it again") from cause
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise DataError(f"{path} is damaged (MD5 {found}, not {md5}); delete it to unpack it again")
+        raise unusable(path, f"is unreadable ({cause.strerror}); delete it to unpack it again") from cause
+    if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+        raise unusable(path, f"is damaged (MD5 {found}, not {md5}); delete it to unpack it again")
     return pickle.loads(content, encoding="latin1")
 
 
-def _download_cifar10(root: Path) -> None:
+def _download_cifar10(root):
     """Unpack CIFAR-10's archive in `root`; download it first unless it is there and whole."""
     bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
     timeout = socket.getdefaulttimeout()
@@ -188,51 +166,12 @@ def _download_cifar10(root: Path) -> None:
             download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except Exception as cause:  # network, archive and disk raise exceptions of many types
         raise DataError(
-            f"CIFAR-10 is not at {root / CIFAR10.base_folder} and could not be downloaded from {CIFAR10.url} "
-            f"({cause!r}); give the folder that holds it, or {CIFAR10.filename}, with --data-dir"
+            f"CIFAR-10 is not at {utils.printable(root / CIFAR10.base_folder)} and could not be downloaded "
+            f"from {CIFAR10.url} ({cause!r}); give the folder that holds it, or {CIFAR10.filename}, with "
+            "--data-dir"
         ) from cause
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def _read_folder(root: Path, split: str, seed: int):
-    try:
-        present = [name for name in SPLITS if name == split or (root / name).is_dir()]
-        found = {name: find_classes(root / name)[1] for name in present}
-        listing = make_dataset(root / split, found[split], IMG_EXTENSIONS)
-    except OSError as cause:
-        raise DataError(
-            f"{root / split} does not hold <class>/<image files> ({cause}); --data-dir names the "
-            "folder that holds train and test"
-        ) from cause
-    classes, labels = tuple(found[split]), np.array([label for _, label in listing])
-    for has, lacks in itertools.permutations(present, 2):
-        if missing := sorted(found[has].keys() - found[lacks].keys()):
-            raise DataError(
-                f"class {missing[0]!r} is in {root / has} but not in {root / lacks}; add or delete it"
-            )
-    return classes, labels, lambda indices: _read_images([listing[i][0] for i in indices], split)
-
-
-def _read_images(paths: list[str], split: str) -> torch.Tensor:
-    """Return the images of `paths`, uint8 N x 3 x S x S; a DataError names the first that does not fit."""
-    images = None
-    for i, path in enumerate(utils.progress(paths, len(paths), f"reading {split}")):
-        try:
-            with Image.open(path) as image:
-                mode, (width, height), pixels = image.mode, image.size, np.asarray(image)
-        except Exception as cause:  # the image library raises nearly anything on a broken file
-            raise DataError(f"{path} is no readable image ({cause!r}); replace it") from cause
-        side = width if images is None else images.shape[-1]
-        if (mode, width, height) != ("RGB", side, side):
-            raise DataError(
-                f"{path} is {width}x{height} {mode}, not {side}x{side} RGB; convert it: images are square, "
-                f"RGB, and all of the size of the first, {paths[0]}"
-            )
-        if images is None:
-            images = np.empty((len(paths), 3, side, side), dtype=np.uint8)
-        images[i] = pixels.transpose(2, 0, 1)
-    return torch.from_numpy(images)
 
 
 # Synthetic shapes need no download. Integers, and a sine rounded to one, give every machine the same pixels.
@@ -241,11 +180,11 @@ SYNTHETIC_SIZES = {"train": 10_000, "test": 2_000}
 CHUNK = 250  # images drawn from one generator: part of a set is drawn without the rest
 
 
-def _disc(u: torch.Tensor, v: torch.Tensor, radius: int) -> torch.Tensor:
+def _disc(u, v, radius):
     return (radius**2 - u**2 - v**2) // (2 * radius)  # exact at the rim, where it counts
 
 
-def _square(u: torch.Tensor, v: torch.Tensor, radius: int) -> torch.Tensor:
+def _square(u, v, radius):
     return radius - torch.maximum(u.abs(), v.abs())
 
 
@@ -264,22 +203,25 @@ SHAPES = {
 }
 
 
-def _read_synthetic(root: Path, split: str, seed: int):
-    labels = np.arange(SYNTHETIC_SIZES[split]) % len(SHAPES)  # the classes take turns
-
-    def read(indices):
-        images = []
-        for chunk in np.unique(indices // CHUNK):
-            digest = hashlib.blake2b(f"{split} {chunk} {seed}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            drawn = _draw_shapes(torch.from_numpy(labels[chunk * CHUNK : (chunk + 1) * CHUNK]), generator)
-            images.append(drawn[indices[indices // CHUNK == chunk] % CHUNK])
-        return torch.cat(images)
-
-    return tuple(SHAPES), labels, read
+def _read_synthetic(root, splits, seed):
+    found = {}
+    for split in splits:
+        labels = np.arange(SYNTHETIC_SIZES[split]) % len(SHAPES)  # the classes take turns
+        found[split] = labels, functools.partial(_draw_synthetic, split, seed, labels)
+    return tuple(SHAPES), found
 
 
-def _draw_shapes(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw_synthetic(split, seed, labels, indices):
+    images = []
+    for chunk in np.unique(indices // CHUNK):
+        digest = hashlib.blake2b(f"{split} {chunk} {seed}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        drawn = _draw_shapes(torch.from_numpy(labels[chunk * CHUNK : (chunk + 1) * CHUNK]), generator)
+        images.append(drawn[indices[indices // CHUNK == chunk] % CHUNK])
+    return torch.cat(images)
+
+
+def _draw_shapes(labels, generator):
     """Return an image of each label's shape, uint8 N x 3 x 32 x 32, on a cloudy, grainy background."""
 
     def uniform(low, high, *shape):
@@ -305,20 +247,20 @@ def _draw_shapes(labels: torch.Tensor, generator: torch.Generator) -> torch.Tens
     return (behind + uniform(14, 38, 3, 1, 1) * cover // 16).to(torch.uint8)
 
 
-_READERS = {"cifar10": _read_cifar10, "folder": _read_folder, "synthetic": _read_synthetic}
+_READERS = {"cifar10": _read_cifar10, "folder": image_folder.read, "synthetic": _read_synthetic}
 DATASETS = tuple(_READERS)  # the names that `load` takes
 
 
 # Batches
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
+def to_float(images):
     """Return uint8 images as float32 in [0, 1]: value / 255, correctly rounded on every device."""
     # CUDA replaces division by a number with multiplication by its rounded inverse: the last bit may differ.
     return images / torch.full((), 255.0, device=images.device)
 
 
-def augment(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
+def augment(images, generator, padding=4):
     """Crop each image at random out of a black frame `padding` pixels wide, and mirror one in two.
 
     Takes and returns N x C x H x W of any type and memory format; all outcomes are equally likely. One number
@@ -336,28 +278,22 @@ def augment(images: torch.Tensor, generator: torch.Generator, padding: int = 4) 
     return torch.where(flip[:, None, None, None], crops.flip(-1), crops, out=torch.empty_like(images))
 
 
-def num_batches(num_images: int, batch_size: int) -> int:
+def num_batches(num_images, batch_size):
     """Return how many batches `epoch_batches` makes: all full but the last, of 2 to batch_size + 1 images.
 
     A single image left over joins the batch before it, because batch norm cannot learn from one image.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is 1 or more, not {batch_size}")
     full, rest = divmod(num_images, batch_size)
     return full + (rest > 1 or (rest == 1 and full == 0))
 
 
-def epoch_batches(
-    split: Split, batch_size: int, generator: torch.Generator | None = None, start_batch: int = 0
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def epoch_batches(split, batch_size, generator=None, start_batch=0):
     """Yield (batch index, uint8 images, labels) over every image of the split once.
 
     The order is the split's, and the batches are views of it; or, with a `generator`, shuffled by one draw.
     From `start_batch` on, the batches are those of a whole epoch; the ones before it cost nothing.
     """
     size, count = len(split), num_batches(len(split), batch_size)
-    if not 0 <= start_batch <= count:
-        raise ValueError(f"start_batch is 0 to {count} in an epoch of {count} batches, not {start_batch}")
     order = None if generator is None else torch.randperm(size, generator=generator).to(split.labels.device)
     for batch in range(start_batch, count):
         chosen = slice(batch * batch_size, size if batch == count - 1 else (batch + 1) * batch_size)

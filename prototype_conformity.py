@@ -34,16 +34,9 @@ class PrototypeConformityLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes,
-        feat_dims,
-        weight_prox,
-        weight_conprox,
-        *,
-        squared=True,
-        shared=False,
-        separation=False,
-    ):
+        self, num_classes, feat_dims, weight_prox, weight_conprox, *,
+        squared=True, shared=False, separation=False
+    ):  # fmt: skip
         super().__init__()
         self.weight_prox, self.weight_conprox = weight_prox, weight_conprox
         # A buffer: numbers would be constants of a compiled step, and another weight would compile it anew.
@@ -51,16 +44,13 @@ class PrototypeConformityLoss(nn.Module):
         self.proximity, self.contrastive = nn.ModuleDict(), nn.ModuleDict()
         for layer, width in feat_dims.items():
             if weight_prox:
-                self.proximity[layer] = Proximity(num_classes, width, squared=squared)
+                self.proximity[layer] = Proximity(num_classes, width, squared)
             if weight_conprox:
-                self.contrastive[layer] = ContrastiveProximity(
-                    num_classes, width, squared=squared, separation=separation
-                )
+                self.contrastive[layer] = ContrastiveProximity(num_classes, width, squared, separation)
             if shared and weight_prox and weight_conprox:
                 self.contrastive[layer].centers = self.proximity[layer].centers
-        self.terms = ("cross_entropy",)
-        self.terms += ("proximity",) if weight_prox else ()
-        self.terms += ("contrastive",) if weight_conprox else ()
+        used = {"cross_entropy": True, "proximity": self.proximity, "contrastive": self.contrastive}
+        self.terms = tuple(name for name in used if used[name])
 
     def forward(self, outputs, labels):
         """Return (loss, its terms before weighting, detached), means over the N images of a batch."""
@@ -104,12 +94,9 @@ class PrototypeConformityLoss(nn.Module):
         """
         pull = list(self.proximity.parameters())
         push = [p for p in self.contrastive.parameters() if not any(p is other for other in pull)]
+        plain = {"momentum": 0.0, "weight_decay": 0.0}
         groups = [(pull, lr_prox, self.weight_prox), (push, lr_conprox, self.weight_conprox)]
-        return [
-            {"params": params, "lr": lr / weight, "momentum": 0.0, "weight_decay": 0.0}
-            for params, lr, weight in groups
-            if params
-        ]
+        return [{"params": params, "lr": lr / weight, **plain} for params, lr, weight in groups if params]
 
     @torch.no_grad()
     def init_class_means(self, model, split):
@@ -136,16 +123,13 @@ def from_checkpoint(state, config):
 
     state: the loss's state_dict. config: the settings of the training.
     """
-    centers = {key: value for key, value in state.items() if key.endswith(".centers")}
+    centers = {key.split(".")[1]: value for key, value in state.items() if key.endswith(".centers")}
     if not centers or "weight_prox" not in config:
         return None
-    criterion = PrototypeConformityLoss(
-        len(next(iter(centers.values()))),
-        {key.split(".")[1]: value.shape[1] for key, value in centers.items()},
-        config["weight_prox"],
-        config["weight_conprox"],
-        squared=config.get("distance", "squared") == "squared",
-        shared=config.get("shared_prototypes", False),
-    )
+    num_classes = len(next(iter(centers.values())))
+    widths = {layer: value.shape[1] for layer, value in centers.items()}
+    weights = config["weight_prox"], config["weight_conprox"]
+    squared, shared = config.get("distance", "squared") == "squared", config.get("shared_prototypes", False)
+    criterion = PrototypeConformityLoss(num_classes, widths, *weights, squared=squared, shared=shared)
     criterion.load_state_dict(state)
     return criterion.requires_grad_(False).eval()

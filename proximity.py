@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import utils
 
@@ -14,14 +14,14 @@ class Proximity(nn.Module):
     squared: squared distances, as released and as in the journal version; False gives Eq. 5's plain ones.
     """
 
-    def __init__(self, num_classes: int, feat_dim: int, squared: bool = True) -> None:
+    def __init__(self, num_classes, feat_dim, squared=True):
         super().__init__()
         if num_classes < 1 or feat_dim < 1:
             raise ValueError(f"{num_classes} classes of {feat_dim} features: both must be from 1 up")
         self.squared = squared
         self.centers = nn.Parameter(torch.randn(num_classes, feat_dim))
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features, labels):
         """The loss, a float32 scalar, of `features`, N x feat_dim, and `labels`, N, in [0, num_classes).
 
         Computed in float32, also under autocast; in float64 for features of float64. Raises ValueError for
@@ -37,10 +37,6 @@ class Proximity(nn.Module):
                 return F.mse_loss(features, own, reduction="sum") / len(labels)
             return torch.linalg.vector_norm(features - own, dim=1).mean()  # its gradient at 0 is 0
 
-    def distances(self, features: Tensor) -> Tensor:
+    def distances(self, features):
         """The distance, squared or plain, of each feature to each prototype: N x num_classes."""
         return utils.distances(features, self.centers, self.squared)
-
-    def extra_repr(self) -> str:
-        num_classes, feat_dim = self.centers.shape
-        return f"num_classes={num_classes}, feat_dim={feat_dim}, squared={self.squared}"

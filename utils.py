@@ -105,6 +105,12 @@ def silence_stdout():
     sys.stdout = null
 
 
+def printable(text):
+    """Return `text`, from a file or its name, for a message: control characters escaped, 300 at most."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= 300 else f"{shown[:140]} ... {shown[-150:]}"
+
+
 def progress(iterable, total, description, initial=0):
     """A progress bar on stderr; silent where stderr is no terminal."""
     quiet, description = not sys.stderr.isatty(), printable(description, 60)

@@ -13,31 +13,12 @@ alone; None means a new one with seed 0.
 A `loss` maps the model's outputs and the labels to one value per image, (N,), which the attack raises.
 `trace(step, gradient)` is called with every gradient; steps count from 0 in each restart.
 
-Images or labels of wrong shapes or types raise ValueError. So do pixels outside [0, 1] on a CPU. On another
-device that check would make the host wait in every batch; there the evaluation calls `check_pixels` once per
-block. The ranges of options are checked by the command line, not here.
+Images or labels of wrong shapes or types raise ValueError. So do pixels outside [0, 1] on a CPU; on another
+device that check would make the host wait in every batch. The ranges of options are checked by the command
+line, not here.
 """
 
 # ruff: noqa: F401  # the imported names are the package's own
 
-from collections.abc import Callable
-from functools import partial
-
-from torch import Tensor
-
-from .common import check_pixels
 from .gradient import ZeroGradients, bim, cross_entropy, dlr, fgsm, margin, mim, misclassified, pgd, scores
 from .strong import apgd, cw, noise, square
-
-ATTACKS: dict[str, Callable[..., Tensor]] = {
-    "noise": noise,
-    "fgsm": fgsm,
-    "bim": bim,
-    "mim": mim,
-    "pgd": pgd,
-    "apgd": apgd,
-    "apgd_dlr": partial(apgd, loss=dlr),
-    "square": square,
-    "cw": cw,
-}
-UNBOUNDED = frozenset({"cw"})  # their results are not within epsilon

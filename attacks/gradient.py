@@ -1,25 +1,16 @@
 """FGSM, BIM, MIM and PGD, the losses that attacks raise, and what attacks do with a gradient."""
 
-from collections.abc import Callable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Ball, ball_of, check_input, random_starts
-
-ModelFn = Callable[[Tensor], Any]
-Loss = Callable[[Any, Tensor], Tensor]
-Trace = Callable[[int, Tensor], None]
-Differentiate = Callable[[int, Tensor], tuple[Any, Tensor, Tensor]]
+from .common import ball_of, check_input, random_starts
 
 
-# ---- losses: (outputs, labels) -> (N,)
-
-
-def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
+def cross_entropy(outputs, labels):
     """Cross-entropy of each image, (N,), in float32 or wider.
 
     In float32 its gradient starts to vanish where the margin is below about -17, and is 0 below -104.
@@ -27,7 +18,7 @@ def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(scores(outputs), labels, reduction="none")
 
 
-def margin(outputs: Any, labels: Tensor) -> Tensor:
+def margin(outputs, labels):
     """Largest other logit minus the true one, (N,): above 0 where the image is misclassified."""
     logits = scores(outputs)
     true = logits.gather(1, labels[:, None])
@@ -35,120 +26,60 @@ def margin(outputs: Any, labels: Tensor) -> Tensor:
     return others.amax(1) - true[:, 0]
 
 
-def dlr(outputs: Any, labels: Tensor) -> Tensor:
+def dlr(outputs, labels):
     """Difference of logits ratio, (N,): the margin divided by (largest - third largest logit).
 
     It does not change with the scale of the logits (Croce & Hein 2020, eq. 6). Where the true class comes
-    third it is 1 and its gradient 0. ValueError for less than three classes.
+    third it is 1 and its gradient 0. Needs three classes.
     """
     logits = scores(outputs)
-    if logits.shape[1] < 3:
-        raise ValueError(f"dlr needs at least 3 classes, got logits of {logits.shape[1]}")
     top = logits.topk(3, dim=1).values
     return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-def scores(outputs: Any) -> Tensor:
+def scores(outputs):
     """The logits of a model's outputs, in float32 or wider."""
     logits = getattr(outputs, "logits", outputs)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def misclassified(outputs: Any, labels: Tensor) -> Tensor:
+def misclassified(outputs, labels):
     """Which images, (N,) bool, are misclassified; an image with a logit of NaN always is."""
     logits = scores(outputs).detach()
     return (logits.argmax(1) != labels) | logits.isnan().any(1)
 
 
-# ---- attacks
-
-
-def fgsm(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    loss: Loss = cross_entropy,
-    trace: Trace | None = None,
-) -> Tensor:
+def fgsm(model_fn, images, labels, epsilon, *, loss=cross_entropy, trace=None):
     """Fast gradient sign method: one step of `epsilon` along the gradient's sign (Goodfellow et al. 2015)."""
     return bim(model_fn, images, labels, epsilon, num_steps=1, loss=loss, trace=trace)
 
 
-def bim(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    step_size: float | None = None,
-    num_steps: int = 10,
-    loss: Loss = cross_entropy,
-    trace: Trace | None = None,
-) -> Tensor:
+def bim(model_fn, images, labels, epsilon, *, step_size=None, num_steps=10, **options):
     """Basic iterative method: `num_steps` FGSM steps, each clipped to the ball (Kurakin et al. 2016).
 
-    A `step_size` of None is epsilon / num_steps.
+    A `step_size` of None is epsilon / num_steps. options: `loss` and `trace`.
     """
     step_size = epsilon / max(num_steps, 1) if step_size is None else step_size
-    options = {"step_size": step_size, "num_steps": num_steps, "loss": loss, "trace": trace}
-    return pgd(model_fn, images, labels, epsilon, **options)
+    return pgd(model_fn, images, labels, epsilon, step_size=step_size, num_steps=num_steps, **options)
 
 
-def mim(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    step_size: float | None = None,
-    num_steps: int = 10,
-    decay: float = 1.0,
-    loss: Loss = cross_entropy,
-    trace: Trace | None = None,
-) -> Tensor:
+def mim(model_fn, images, labels, epsilon, *, decay=1.0, **options):
     """Momentum iterative method: BIM along g <- decay * g + gradient / ||gradient||_1 (Dong et al. 2018).
 
-    The L1 norm is each image's own; a gradient of zero adds nothing to g. A `step_size` of None is
-    epsilon / num_steps.
+    The L1 norm is each image's own; a gradient of zero adds nothing to g. options: those of `bim`.
     """
-    check_input(images, labels)
-    if epsilon == 0 or num_steps == 0:
-        return images.detach().clone()
-    step_size = epsilon / num_steps if step_size is None else step_size
-    differentiate = differentiator(model_fn, labels, loss, trace)
-    momentum = torch.zeros_like(images)
-
-    def accumulate(gradient: Tensor) -> Tensor:
-        nonlocal momentum
-        norm = gradient.abs().sum((1, 2, 3), keepdim=True)
-        norm = norm.clamp(max=torch.finfo(norm.dtype).max)  # an infinite norm would freeze the image
-        momentum = decay * momentum + torch.where(norm > 0, gradient / norm, 0)
-        return momentum
-
-    return _ascend(differentiate, images, ball_of(images, epsilon), step_size, num_steps, accumulate)
+    return bim(model_fn, images, labels, epsilon, decay=decay, **options)
 
 
 def pgd(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    step_size: float = 2 / 255,
-    num_steps: int = 10,
-    random_start: bool = False,
-    restarts: int = 1,
-    generator: torch.Generator | None = None,
-    loss: Loss = cross_entropy,
-    trace: Trace | None = None,
-) -> Tensor:
+    model_fn, images, labels, epsilon, *, step_size=2 / 255, num_steps=10, decay=None,
+    random_start=False, restarts=1, generator=None, loss=cross_entropy, trace=None
+):  # fmt: skip
     """Projected gradient descent: steps along the gradient's sign, clipped to the ball (Madry et al. 2018).
 
-    With `random_start` from a uniformly random point of the ball. With `restarts` above 1, which need
-    `random_start`, it returns each image's worst last iterate: a misclassified one before a correct one, then
-    the one of highest loss.
+    With a `decay` along the sign of MIM's g. With `random_start` from a uniformly random point of the ball.
+    With `restarts` above 1, which need `random_start`, it returns each image's worst last iterate: a
+    misclassified one before a correct one, then the one of highest loss.
     """
     check_input(images, labels)
     if restarts > 1 and not random_start:
@@ -157,13 +88,24 @@ def pgd(
         return images.detach().clone()
     ball = ball_of(images, epsilon)
     differentiate = differentiator(model_fn, labels, loss, trace)
-    if not random_start:
-        return _ascend(differentiate, images, ball, step_size, num_steps)
-    starts = random_starts(images, epsilon, ball, restarts, generator)
-    results = (_ascend(differentiate, start, ball, step_size, num_steps) for start in starts)
+    starts = random_starts(images, epsilon, ball, restarts, generator) if random_start else [images]
+    results = (_ascend(differentiate, start, ball, step_size, num_steps, decay) for start in starts)
     if restarts == 1:
         return next(results)
     return reduce(worse, (evaluate(model_fn, result, labels, loss) for result in results)).images
+
+
+def _ascend(differentiate, start, ball, step_size, num_steps, decay):
+    """`num_steps` steps along the sign of the gradient or, with a `decay`, of MIM's g."""
+    points, momentum = start.detach().clone(), 0
+    for step in range(num_steps):
+        direction = differentiate(step, points)[2]
+        if decay is not None:
+            norm = direction.abs().sum((1, 2, 3), keepdim=True)
+            norm = norm.clamp(max=torch.finfo(norm.dtype).max)  # an infinite norm would freeze the image
+            momentum = direction = decay * momentum + torch.where(norm > 0, direction / norm, 0)
+        points = (points + step_size * direction.sign()).clamp(*ball)
+    return points
 
 
 class ZeroGradients:
@@ -174,50 +116,28 @@ class ZeroGradients:
     its gradient: that it survived says nothing about robustness.
     """
 
-    def __init__(self) -> None:
-        self.first: Tensor | None = None
-        self.ever: Tensor | None = None
-        self.always: Tensor | None = None
+    first = ever = always = None
 
-    def __call__(self, step: int, gradient: Tensor) -> None:
+    def __call__(self, step, gradient):
         zero = (gradient == 0).flatten(1).all(1)
         if self.first is None:
             self.first = self.ever = self.always = zero
-        else:
-            self.ever, self.always = self.ever | zero, self.always & zero
-
-
-def _ascend(
-    differentiate: Differentiate,
-    start: Tensor,
-    ball: Ball,
-    step_size: float,
-    num_steps: int,
-    direction_of: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-) -> Tensor:
-    """`num_steps` steps along the sign of `direction_of(gradient)`, each clipped to the ball."""
-    points = start.detach().clone()
-    for step in range(num_steps):
-        gradient = differentiate(step, points)[2]
-        points = (points + step_size * direction_of(gradient).sign()).clamp(*ball)
-    return points
-
-
-# ---- what the attacks of both modules do with a model
+        self.ever, self.always = self.ever | zero, self.always & zero
 
 
 class Candidates(NamedTuple):
-    """Images, whether each is misclassified, (N,) bool, and their losses, (N,)."""
+    """Images, whether each is misclassified, (N,) bool, the losses, (N,), and perhaps their gradients."""
 
     images: Tensor
     misclassified: Tensor
     loss: Tensor
+    gradient: Tensor | None = None
 
 
-def differentiator(model_fn: ModelFn, labels: Tensor, loss: Loss, trace: Trace | None) -> Differentiate:
+def differentiator(model_fn, labels, loss, trace):
     """The function (step, points) -> outputs, losses (N,), gradient of the summed losses with 0 for NaN."""
 
-    def differentiate(step: int, points: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def differentiate(step, points):
         points = points.detach()
         with torch.enable_grad():
             points.requires_grad_()
@@ -225,8 +145,7 @@ def differentiator(model_fn: ModelFn, labels: Tensor, loss: Loss, trace: Trace |
             losses = _loss_per_image(loss, outputs, labels)
             gradient = torch.zeros_like(points)
             if losses.requires_grad:  # a constant model has nothing to differentiate
-                options = {"allow_unused": True, "materialize_grads": True}
-                (gradient,) = torch.autograd.grad(losses.sum(), points, **options)
+                (gradient,) = torch.autograd.grad(losses.sum(), points, materialize_grads=True)
         # `nan_to_num` also copies, as it must: the next replay of a CUDA graph overwrites what it returned.
         gradient = gradient.detach().nan_to_num()
         if trace is not None:
@@ -237,13 +156,13 @@ def differentiator(model_fn: ModelFn, labels: Tensor, loss: Loss, trace: Trace |
 
 
 @torch.no_grad()
-def evaluate(model_fn: ModelFn, images: Tensor, labels: Tensor, loss: Loss) -> Candidates:
-    """What the model says of the images, without a gradient."""
+def evaluate(model_fn, images, labels, loss):
+    """What the model says of the images, without a gradient: Candidates."""
     outputs = model_fn(images)
     return Candidates(images, misclassified(outputs, labels), _loss_per_image(loss, outputs, labels))
 
 
-def _loss_per_image(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
+def _loss_per_image(loss, outputs, labels):
     losses = loss(outputs, labels)
     if losses.shape != labels.shape:
         observed = f"{tuple(losses.shape)} for {len(labels)} images"
@@ -251,14 +170,14 @@ def _loss_per_image(loss: Loss, outputs: Any, labels: Tensor) -> Tensor:
     return losses
 
 
-def worse(old: Candidates, new: Candidates) -> Candidates:
+def worse(old, new):
     """Image by image the worse of two: misclassified before correct, then of higher loss, then `old`."""
     newly = new.misclassified & ~old.misclassified
     higher = (new.misclassified == old.misclassified) & (new.loss > old.loss)
     return where(newly | higher, new, old)
 
 
-def where(mask: Tensor, new: Any, old: Any) -> Any:
-    """A named tuple of tensors with those of `new` for the images where `mask`, (N,), else those of `old`."""
-    fields = zip(new, old, strict=True)
-    return type(new)._make(torch.where(mask.view(-1, *[1] * (b.ndim - 1)), a, b) for a, b in fields)
+def where(mask, new, old):
+    """Candidates: `new` for the images where `mask`, (N,), else `old`; a gradient only if `old` has one."""
+    fields = [(a, b) for a, b in zip(new, old, strict=True) if b is not None]
+    return Candidates(*(torch.where(mask.view(-1, *[1] * (b.ndim - 1)), a, b) for a, b in fields))

@@ -2,52 +2,24 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
 from functools import reduce
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from .common import Ball, ball_of, check_input, random_starts, random_streams, uniform
-from .gradient import (
-    Candidates,
-    Differentiate,
-    Loss,
-    ModelFn,
-    Trace,
-    cross_entropy,
-    differentiator,
-    evaluate,
-    margin,
-    misclassified,
-    where,
-    worse,
-)
+from .common import ball_of, check_input, random_starts, random_streams, uniform
+from .gradient import Candidates, cross_entropy, differentiator, evaluate, margin, misclassified, where, worse
 
 APGD_RISING_SHARE = 0.75  # of the steps must raise the loss, or the step size halves; the paper's rho
 APGD_INERTIA = 0.75  # weight of the new step, the rest is that of the last one; the paper's alpha
 SQUARE_FIRST_AREA = 0.8  # of the first squares, as a share of the image; the authors' choice for L-infinity
 # After so many of 10,000 queries the area halves, as in the authors' code (their paper leaves out 500).
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-CW_CONFIDENCE = 0.0  # margin that a success needs; as in the paper's comparison, any misclassification is one
-
-
-# ---- APGD
 
 
 def apgd(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    num_steps: int = 100,
-    restarts: int = 1,
-    generator: torch.Generator | None = None,
-    loss: Loss = cross_entropy,
-    trace: Trace | None = None,
-) -> Tensor:
+    model_fn, images, labels, epsilon, *,
+    num_steps=100, restarts=1, generator=None, loss=cross_entropy, trace=None
+):  # fmt: skip
     """Auto-PGD: momentum, and a step size that halves on demand (Croce & Hein 2020, Algorithm 1).
 
     Each restart begins at a uniformly random point of the ball. Image by image it returns the worst point of
@@ -58,47 +30,33 @@ def apgd(
     if epsilon == 0 or num_steps == 0:
         return images.detach().clone()
     ball = ball_of(images, epsilon)
-
     differentiate = differentiator(model_fn, labels, loss, trace)
     starts = random_starts(images, epsilon, ball, restarts, generator)
     results = (_apgd_restart(differentiate, start, labels, ball, 2 * epsilon, num_steps) for start in starts)
     return reduce(worse, results, evaluate(model_fn, images.detach().clone(), labels, loss)).images
 
 
-class Iterate(NamedTuple):
-    """Images, their losses, (N,), and the gradients of these."""
+def _apgd_restart(differentiate, start, labels, ball, step_size, num_steps):
+    """The worst points of one restart of APGD, whose steps are `step_size` long at first: Candidates."""
 
-    images: Tensor
-    loss: Tensor
-    gradient: Tensor
+    def ask(step, points):
+        outputs, losses, gradient = differentiate(step, points)
+        return Candidates(points, misclassified(outputs, labels), losses, gradient)
 
-
-def _apgd_restart(
-    differentiate: Differentiate,
-    start: Tensor,
-    labels: Tensor,
-    ball: Ball,
-    step_size: float,
-    num_steps: int,
-) -> Candidates:
-    """The worst points of one restart of APGD, whose steps are `step_size` long at first."""
     checkpoints = set(_apgd_checkpoints(num_steps))
-    outputs, losses, gradient = differentiate(0, start)
-    worst = Candidates(start, misclassified(outputs, labels), losses)
     # The algorithm goes back to the point of highest loss, which need not be a misclassified one.
-    now = best = Iterate(start, losses, gradient)
+    now = best = ask(0, start)
+    worst = now._replace(gradient=None)
     previous, last_check, last_best = start, 0, best.loss
     sizes = torch.full_like(start[:, :1, :1, :1], step_size)
-    halved, rises = torch.zeros_like(worst.misclassified), torch.zeros_like(losses)
+    halved, rises = torch.zeros_like(now.misclassified), torch.zeros_like(now.loss)
     for step in range(1, num_steps + 1):
         alpha = APGD_INERTIA if step > 1 else 1.0
         ahead = (now.images + sizes * now.gradient.sign()).clamp(*ball)
         moved = now.images + alpha * (ahead - now.images) + (1 - alpha) * (now.images - previous)
-        moved = moved.clamp(*ball)
-        outputs, losses, gradient = differentiate(step, moved)
-        rises = rises + (losses > now.loss)
-        previous, now = now.images, Iterate(moved, losses, gradient)
-        worst = worse(worst, Candidates(moved, misclassified(outputs, labels), losses))
+        last, now = now, ask(step, moved.clamp(*ball))
+        previous, rises = last.images, rises + (now.loss > last.loss)
+        worst = worse(worst, now)
         best = where(now.loss > best.loss, now, best)
         if step in checkpoints:
             stuck = ~halved & (best.loss == last_best)
@@ -109,8 +67,8 @@ def _apgd_restart(
     return worst
 
 
-def _apgd_checkpoints(num_steps: int) -> Iterator[int]:
-    """The steps at which APGD looks back: at 22 % of all, then at intervals 3 points shorter, down to 6."""
+def _apgd_checkpoints(num_steps):
+    """Yield the steps at which APGD looks back: at 22 %, then at intervals 3 points shorter, down to 6."""
     share = interval = 22  # in whole points: 0.22 + 0.19 is more than 0.41 in floating point
     while share < 100:
         yield -(-share * num_steps // 100)
@@ -118,19 +76,7 @@ def _apgd_checkpoints(num_steps: int) -> Iterator[int]:
         share += interval
 
 
-# ---- the Square attack
-
-
-def square(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    num_queries: int = 5000,
-    restarts: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def square(model_fn, images, labels, epsilon, *, num_queries=5000, restarts=1, generator=None):
     """Square attack: random search for a larger margin (Andriushchenko et al. 2020).
 
     Each restart asks the model at most `num_queries` times about an image that is still classified right.
@@ -152,10 +98,8 @@ def square(
     return worst.images
 
 
-def _square_restart(
-    model_fn: ModelFn, labels: Tensor, ball: Ball, streams: list[torch.Generator], num_queries: int
-) -> Candidates:
-    """One restart of the Square attack on the images in the middle of `ball`."""
+def _square_restart(model_fn, labels, ball, streams, num_queries):
+    """The worst points of one restart of the Square attack, all of them corners of `ball`: Candidates."""
     lower, upper = ball
     _, channels, height, width = lower.shape
     stripes = uniform(streams, (channels, 1, width), lower) < 0.5
@@ -175,7 +119,7 @@ def _square_restart(
     return worst
 
 
-def _window(draw: Tensor, side: int, length: int) -> Tensor:
+def _window(draw, side, length):
     """Which of `length` places, the last dimension, a window of `side` covers, put by `draw` in [0, 1)."""
     places = length - side + 1
     start = (draw * places).long().clamp(max=places - 1)
@@ -183,37 +127,26 @@ def _window(draw: Tensor, side: int, length: int) -> Tensor:
     return (offset >= 0) & (offset < side)
 
 
-def _update(worst: Candidates, index: Tensor, found: Candidates) -> Candidates:
+def _update(worst, index, found):
     """`worst`, with the images at `index` replaced by those `found` for them where these are worse."""
-    part = worse(Candidates(*(field[index] for field in worst)), found)
-    return Candidates(*(old.index_copy(0, index, new) for old, new in zip(worst, part, strict=True)))
+    part = worse(Candidates(*(field[index] for field in worst[:3])), found)
+    return Candidates(*(old.index_copy(0, index, new) for old, new in zip(worst[:3], part[:3], strict=True)))
 
 
-# ---- C&W
+def cw(model_fn, images, labels, epsilon=None, *, num_steps=1000, lr=0.01, c=1.0):
+    """C&W-L2: lower ||x' - x||^2 + c * max(-margin, 0) by Adam (Carlini & Wagner 2017).
 
-
-def cw(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float | None = None,
-    *,
-    num_steps: int = 1000,
-    lr: float = 0.01,
-    c: float = 1.0,
-) -> Tensor:
-    """C&W-L2: lower ||x' - x||^2 + c * max(confidence - margin, 0) by Adam (Carlini & Wagner 2017).
-
-    x' = (tanh(w) + 1) / 2; `c` is the same for all images, without the paper's search. It returns the
-    misclassified x' of least distance, or the image where there is none or where it is misclassified itself.
-    The result is in [0, 1] but NOT within `epsilon`, which is unused and there for the common signature.
+    x' = (tanh(w) + 1) / 2; `c` is the same for all images, without the paper's search; its confidence is 0.
+    It returns the misclassified x' of least distance, or the image where there is none or where it is
+    misclassified itself. The result is in [0, 1] but NOT within `epsilon`, which is there for the common
+    signature alone.
     """
     check_input(images, labels)
     best = images.detach().clone()
     if num_steps == 0:
         return best
     clean = evaluate(model_fn, images.detach(), labels, margin)
-    least = torch.where(clean.misclassified & (clean.loss >= CW_CONFIDENCE), 0.0, torch.inf)
+    least = torch.where(clean.misclassified & (clean.loss >= 0), 0.0, torch.inf)
     # A little short of 1: the inverse of tanh is infinite for black and white.
     w = torch.atanh((2 * best - 1) * (1 - 1e-6)).requires_grad_()
     optimizer = torch.optim.Adam([w], lr=lr)
@@ -223,26 +156,16 @@ def cw(
             outputs = model_fn(points)
             lead = margin(outputs, labels)
             distance = (points - images.detach()).square().sum((1, 2, 3))
-            cost = distance + c * (CW_CONFIDENCE - lead).relu()
+            cost = distance + c * (-lead).relu()
             w.grad = torch.autograd.grad(cost.sum(), w)[0]
-        nearer = (lead >= CW_CONFIDENCE) & misclassified(outputs, labels) & (distance < least)
+        nearer = (lead >= 0) & misclassified(outputs, labels) & (distance < least)
         best = torch.where(nearer[:, None, None, None], points.detach(), best)
         least = torch.where(nearer, distance.detach(), least)
         optimizer.step()
     return best
 
 
-# ---- noise
-
-
-def noise(
-    model_fn: ModelFn,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def noise(model_fn, images, labels, epsilon, *, generator=None):
     """Move each pixel by `epsilon` up or down at random, without asking the model.
 
     FGSM moves pixels as far: what it does beyond noise is due to the gradient.

@@ -11,8 +11,6 @@ from hypothesis.extra import numpy as hnp
 
 import attacks
 
-# ---- closed forms
-
 
 def mim_by_hand(weight, images, labels, epsilon, step_size, num_steps, decay=0):
     """MIM on softmax regression, whose gradient is (softmax - one-hot) W^T."""
@@ -46,8 +44,7 @@ def test_attacks_equal_their_definition_on_softmax_regression(epsilon, step_size
 
 def brightness(images):
     """Two logits: the brighter an image, the less it is of class 0."""
-    total = images.sum((1, 2, 3))
-    return torch.stack([-total, total], 1)
+    return images.sum((1, 2, 3))[:, None] * torch.tensor([-1.0, 1.0])
 
 
 GREY, CLASS_0 = torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.long)
@@ -71,15 +68,10 @@ def test_mim_moves_where_the_norm_of_the_gradient_overflows():
     assert not torch.equal(moved, images)
 
 
-# ---- losses
+elements = st.floats(-1e4, 1e4, width=32)
 
 
-@given(
-    hnp.arrays(
-        np.float32, st.tuples(st.integers(1, 4), st.integers(3, 6)), elements=st.floats(-1e4, 1e4, width=32)
-    ),
-    st.data(),
-)
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(3, 6)), elements=elements), st.data())
 def test_losses_equal_their_definitions(array, data):
     count, classes = array.shape
     labels = data.draw(hnp.arrays(np.int64, count, elements=st.integers(0, classes - 1)))
@@ -117,5 +109,3 @@ def test_dlr_ignores_the_scale_and_is_flat_exactly_where_the_true_class_comes_th
     (gradient,) = torch.autograd.grad(values.sum(), logits)
     assert values[2].item() == pytest.approx(1)
     assert [bool((row == 0).all()) for row in gradient] == [False, False, True, False]
-    with pytest.raises(ValueError, match="at least 3 classes"):
-        attacks.dlr(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))

@@ -26,15 +26,7 @@ def share(mask):
 
 def recording(model_fn, asked):
     """`model_fn`, and the points it is asked about are added to the list `asked`."""
-
-    def recorded(points):
-        asked.append(points.detach().clone())
-        return model_fn(points)
-
-    return recorded
-
-
-# ---- APGD
+    return lambda points: asked.append(points.detach().clone()) or model_fn(points)
 
 
 def points_of_apgd(differentiate, start, low, high, step_size, num_steps):
@@ -112,12 +104,10 @@ def test_apgd_beats_pgd_and_agrees_with_autoattack(net, loss, name):
     assert abs(share(ours) - share(theirs)) <= 0.03
 
 
-# ---- the worst point of all
+RANDOM_PGD = partial(attacks.pgd, random_start=True)
 
 
-@pytest.mark.parametrize(
-    "attack", [partial(attacks.pgd, random_start=True, step_size=1e-7), attacks.apgd], ids=["pgd", "apgd"]
-)
+@pytest.mark.parametrize("attack", [partial(RANDOM_PGD, step_size=1e-7), attacks.apgd], ids=["pgd", "apgd"])
 def test_misclassified_is_preferred_to_high_loss(attack):
     """The loss is the true score, so correct images have the higher one; of label 1, grey itself is wrong."""
     grey, labels, asked, ends = torch.full((20, 1, 1, 1), 0.5), torch.arange(20) % 2, [], []
@@ -138,23 +128,20 @@ def test_misclassified_is_preferred_to_high_loss(attack):
 
 
 @pytest.mark.parametrize(
-    "attack",
+    "attack, options",
     [
-        partial(attacks.pgd, random_start=True, num_steps=5, loss=attacks.margin),
-        partial(attacks.apgd, num_steps=2, loss=attacks.margin),
-        partial(attacks.square, num_queries=20),
+        (RANDOM_PGD, {"num_steps": 5, "loss": attacks.margin}),
+        (attacks.apgd, {"num_steps": 2, "loss": attacks.margin}),
+        (attacks.square, {"num_queries": 20}),
     ],
     ids=["pgd", "apgd", "square"],
 )
-def test_more_restarts_are_never_weaker_on_any_image(net, attack):
+def test_more_restarts_are_never_weaker_on_any_image(net, attack, options):
     images, labels = right_batch(net, 64)
-    results = [attack(net, images, labels, EPSILON, restarts=count) for count in (1, 2, 5)]
+    results = [attack(net, images, labels, EPSILON, restarts=count, **options) for count in (1, 2, 5)]
     clean, one, two, five = (attacks.margin(net(points), labels) for points in (images, *results))
     assert (one >= clean - 1e-6).all() and (two >= one - 1e-6).all() and (five >= two - 1e-6).all()
     assert (one > 0).any() and (five > one + 1e-4).any()
-
-
-# ---- Square
 
 
 def test_square_asks_what_it_may_and_no_more(net):
@@ -213,9 +200,6 @@ def test_square_agrees_with_autoattack(net):
     assert 0.2 < ours < 0.8 and abs(ours - theirs) <= 0.06
 
 
-# ---- C&W and noise
-
-
 def test_cw_finds_the_nearest_point_of_a_linear_boundary():
     torch.manual_seed(0)
     weight = torch.randn(48, 2)
@@ -253,9 +237,7 @@ def test_cw_returns_successes_or_the_image_itself(net):
     weak = is_wrong(net, attacks.cw(net, images, labels, num_steps=6, c=1e-3), labels)
     assert 4 <= weak.sum() < fooled.sum()
     tie = lambda x: torch.zeros(len(x), 2) + 0 * x.sum((1, 2, 3))[:, None]  # noqa: E731
-    assert torch.equal(
-        attacks.cw(tie, images, 0 * labels, num_steps=2), images
-    )  # no success: class 0 is said
+    assert torch.equal(attacks.cw(tie, images, 0 * labels, num_steps=2), images)  # no success: 0 is said
 
 
 def test_noise_goes_to_random_corners():

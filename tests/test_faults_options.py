@@ -248,7 +248,7 @@ def folders(tmp_path_factory):
     for split in ("train", "test"):
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8), (1, 2, 3)).save(root / split / name / "1.png")
+            Image.new("RGB", (32, 32), (1, 2, 3)).save(root / split / name / "1.png")
     return root, (root / "train" / "a" / "1.png").read_bytes()
 
 
@@ -260,7 +260,7 @@ def test_any_file_among_the_images_is_read_or_named(folders, content, suffix):
     file, changed = root / "train" / "a" / f"0{suffix}", bytearray(whole)
     place = content.draw(st.just(0) | st.integers(0, len(whole)))
     size = content.draw(st.sampled_from([0, 1, 2, len(whole)]))
-    head = content.draw(st.sampled_from([b"", b"P6 8 8 255\n", b"BM", b"II*\0"]))
+    head = content.draw(st.sampled_from([b"", b"P6 32 32 255\n", b"BM", b"II*\0"]))
     changed[place : place + size] = head + content.draw(st.binary(max_size=64))
     file.write_bytes(changed)
     try:
@@ -268,7 +268,7 @@ def test_any_file_among_the_images_is_read_or_named(folders, content, suffix):
     except data.DataError as error:
         assert str(file) in str(error) and "\n" not in str(error) and error.exit_status == 3
     else:
-        assert loaded.train.images.shape == (3, 3, 8, 8) and loaded.train.images.dtype == torch.uint8
+        assert loaded.train.images.shape == (3, 3, 32, 32) and loaded.train.images.dtype == torch.uint8
     finally:
         file.unlink()
 

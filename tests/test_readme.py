@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
+from resnet_model import resnet
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "results/README.md")
@@ -78,3 +80,11 @@ def test_the_tables_hold_what_was_measured(name):
             "path"
         ]
     assert name in text
+
+
+def test_the_snippet_runs_as_it_stands():
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names = {"images": torch.rand(4, 3, 32, 32), "labels": torch.arange(4), "network": resnet(10, 44)}
+    exec(code.replace("Models_PCL/", f"{ROOT}/Models_PCL/"), names)
+    assert (names["adversarial"] - names["images"]).abs().max() <= 8 / 255
+    assert names["loss"].isfinite() and set(names["terms"]) == {"cross_entropy", "proximity", "contrastive"}

@@ -17,7 +17,7 @@ import robustness
 from benchmarks import soak
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 2  # of the first slices: enough to begin a stage in, not for all five; on a slow machine they grow
+SECONDS = 1  # of the first slices: enough to begin a stage in, not for all five; on a slow machine they grow
 # What PYTHON is here. It hands on its arguments and the signals it gets, and waits for the status.
 CLIENT = """#!{python} -S
 import json, os, signal, socket, sys

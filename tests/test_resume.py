@@ -333,16 +333,12 @@ def test_item_46_what_identifies_a_run_cannot_change(changed, said, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_item_46_what_may_change_is_told(tmp_path, capsys):
-    path = stopped(tmp_path / "run.pth.tar")
-    train("softmax_training", *options("softmax_training", path), "--eval-every", "1", flags=["--resume"])
-    assert "resumed with another eval_every 2 -> 1" in capsys.readouterr().out
-
-
-def test_item_46_the_run_of_another_script_is_refused(whole, tmp_path):
+def test_item_46_what_may_change_is_told_and_the_run_of_another_script_refused(whole, tmp_path, capsys):
     path = stopped(tmp_path / "run.pth.tar")
     with pytest.raises(utils.CheckpointError, match=r"made by softmax_training\.py"):
         train("pcl_training", *options("pcl_training", path, whole["softmax_training"]), flags=["--resume"])
+    train("softmax_training", *options("softmax_training", path), "--eval-every", "1", flags=["--resume"])
+    assert "resumed with another eval_every 2 -> 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["images", "labels"])

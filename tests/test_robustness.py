@@ -21,7 +21,7 @@ from evaluation import report, trials
 from prototype_conformity import PrototypeConformityLoss
 from resnet_model import resnet
 
-LIMIT, SIZE = 12, 16
+LIMIT, SIZE = 12, 32
 
 
 @pytest.fixture(scope="module")

@@ -68,3 +68,12 @@ def test_a_line_goes_to_stdout_and_log_whatever_its_letters(tmp_path, capsys):
     utils.note("only the log \udcff", tmp_path / "log")
     assert capsys.readouterr().out == "für alle\n"
     assert (tmp_path / "log").read_text(encoding="utf-8") == "für alle\nonly the log ?\n"
+
+
+@given(text=st.text())
+def test_item_67_names_are_printed_on_one_line_without_control_characters(text):
+    shown = utils.printable(text)
+    assert shown.isprintable() and len(shown) <= 300
+    assert shown == text or not text.isprintable() or len(text) > 300
+    assert utils.printable("\x1b[31m\r\udcff é") == "\\x1b[31m\\r\\udcff é"
+    assert len(utils.printable(1000 * text)) <= 300

@@ -32,6 +32,10 @@ class Progress:
     )  # loss terms and right answers, added up over this epoch's images
     images: int = 0  # of this epoch so far, adversarial ones too
 
+    @property
+    def place(self):
+        return f"epoch {self.epoch + 1}, batch {self.batch}"
+
     def count(self, terms, correct, images):
         """Add a batch to the sums, on the device: its mean loss terms, and how many images were right."""
         totals = {name: value.double() * images for name, value in terms.items()}
@@ -52,6 +56,8 @@ class Run:
         self.device = dataset.train.images.device
         self.model = model.to(memory_format=torch.channels_last)
         self.criterion, self.optimizer, self.scheduler = criterion, optimizer, scheduler
+        names = ("state_dict", "criterion", "optimizer", "scheduler")  # of their states in a checkpoint
+        self.parts = dict(zip(names, (model, criterion, optimizer, scheduler), strict=True))
         self.dtype = utils.select_precision(config.precision, self.device)
         self.identity = identity_of(config, dataset, model, str(self.dtype).removeprefix("torch."))
         self.batches = data.num_batches(len(dataset.train), config.batch_size)  # of an epoch
@@ -67,11 +73,6 @@ class Run:
     @property
     def finished(self):
         return self.progress.epoch >= self.config.epochs
-
-    def parts(self):
-        """What has a state of its own, under its name in a checkpoint."""
-        names = ("state_dict", "criterion", "optimizer", "scheduler")
-        return dict(zip(names, (self.model, self.criterion, self.optimizer, self.scheduler), strict=True))
 
     # ------------------------------------------------ opening and resuming
 
@@ -129,14 +130,13 @@ class Run:
         # What a killed run logged after its last save is done again.
         utils.write_text(self.config.log_path, "".join(f"{line}\n" for line in self.progress.log))
         self.write_metrics()
-        where = f"epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
-        for line in (*differing, *warnings, f"resumed {path} at {where}"):
+        for line in (*differing, *warnings, f"resumed {path} at {self.progress.place}"):
             self.say(line)
 
     def restore(self, state, path):
         """Take over everything that `state` holds."""
         checkpoints.check_finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
         self.progress.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
@@ -178,8 +178,7 @@ class Run:
         """Save when it is time to; when a signal or --max-minutes asks for a stop, save and leave."""
         config, progress = self.config, self.progress
         if (stop.received or passed(config.max_minutes, self.began)) and not self.finished:
-            where = f"epoch {progress.epoch + 1}, batch {progress.batch}"
-            message = f"stopped at {where}; saved to {config.save_to}, --resume goes on"
+            message = f"stopped at {progress.place}; saved to {config.save_to}, --resume goes on"
             progress.log.append(message)
             self.save()
             utils.note(message, config.log_path)
@@ -194,7 +193,7 @@ class Run:
     def save(self):
         """Write the checkpoint, and the metrics beside the log; DivergenceError when a number is lost."""
         self.watch.check([*self.model.state_dict().values(), *self.criterion.state_dict().values()])
-        states = {name: part.state_dict() for name, part in self.parts().items()}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
         state = {**self.identity, **vars(self.progress), "finished": self.finished, **states}
         keep_previous = self.has_checkpoint and not self.finished
         checkpoints.save(state, self.config.save_to, keep_previous=keep_previous)
