@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = _downsample(in_channels, channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.bn2(self.conv2(x))
@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels, channels, stride):
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
@@ -69,7 +69,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample = _downsample(in_channels, out_channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
         return F.relu(x.add_(shortcut), inplace=True)
 
 
-def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+def _downsample(in_channels, out_channels, stride):
     """The projection on the shortcut of a block that changes the shape, else None."""
     if stride == 1 and in_channels == out_channels:
         return None
@@ -85,7 +85,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
-def _stage(block: type, in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+def _stage(block, in_channels, channels, blocks, stride):
     """`blocks` blocks in a row; the first has the stride."""
     widths = [in_channels] + [channels * block.expansion] * (blocks - 1)
     return nn.Sequential(*(block(width, channels, 1 if i else stride) for i, width in enumerate(widths)))
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
     `feat_dims` maps the name of each feature in `Outputs`, shallow to deep, to its width.
     """
 
-    def __init__(self, num_classes: int, depth: int, aux_dim: int, fc_dim: int) -> None:
+    def __init__(self, num_classes, depth, aux_dim, fc_dim):
         super().__init__()
         self.num_classes, self.depth, self.aux_dim, self.fc_dim = num_classes, depth, aux_dim, fc_dim
         block = Bottleneck if depth >= BOTTLENECK_FROM else BasicBlock
@@ -121,7 +121,7 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):  # std sqrt(2 / (k * k * out_channels))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images):
         """Features and class scores of `images`, N x 3 x H x W in [0, 1]."""
         x = (images - self.mean) / self.std
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -133,12 +133,12 @@ class ResNet(nn.Module):
         # No activation between the two linear layers, as in the released network.
         return Outputs(layer2, layer3, fc, self.fcf(fc))
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images):
         """Class scores alone, N x num_classes: the function that attacks and evaluation take."""
         return self(images).logits
 
 
-def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0, fc_dim: int = 1024) -> ResNet:
+def resnet(num_classes=10, depth=110, aux_dim=0, fc_dim=1024):
     """Make a ResNet with fresh weights: He's fan-out normal convolutions, the rest as PyTorch draws it.
 
     num_classes: from 2 up.
@@ -160,7 +160,7 @@ def resnet(num_classes: int = 10, depth: int = 110, aux_dim: int = 0, fc_dim: in
     return ResNet(num_classes, depth, aux_dim, fc_dim)
 
 
-def clean_state_dict(state_dict: dict) -> dict:
+def clean_state_dict(state_dict):
     """A new dict without the `module.` and `_orig_mod.` that wrappers put before each key, in any order.
 
     Only the start of a key is cut. Raises ValueError when a key is no string or two keys become the same.
@@ -176,7 +176,7 @@ def clean_state_dict(state_dict: dict) -> dict:
     return cleaned
 
 
-def network_of(state_dict: dict) -> dict[str, int]:
+def network_of(state_dict):
     """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim, fc_dim.
 
     All keys and shapes must fit, but wrappers' prefixes are ignored, and the batch counters, which early
@@ -208,7 +208,7 @@ def network_of(state_dict: dict) -> dict[str, int]:
 class Folded(nn.Module):
     """A frozen ResNet without batch norms: images, N x 3 x H x W in [0, 1], to logits; made by `folded`."""
 
-    def __init__(self, model: ResNet, dtype: torch.dtype | None) -> None:
+    def __init__(self, model, dtype):
         super().__init__()
         self.network = copy.deepcopy(model)
         self.network.zero_grad(set_to_none=True)
@@ -228,7 +228,7 @@ class Folded(nn.Module):
         self.requires_grad_(False).eval()
         self.refresh()
 
-    def _share_memory(self, convs: list[nn.Conv2d], dtype: torch.dtype | None) -> None:
+    def _share_memory(self, convs, dtype):
         """Make the weights of `convs` views of one tensor, and their biases views of another.
 
         A refresh is then a handful of operations: a GPU would wait for the host to launch some for each of
@@ -246,11 +246,11 @@ class Folded(nn.Module):
             weight = weight.view(out, height, width, into).permute(0, 3, 1, 2)  # channels-last
             conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         return self.network(images).logits
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self):
         """Take over the present weights and statistics of the original, in place."""
         norms = [norm for _, norm in self.folds]
         # In float64 where the device has it, so that only the result is rounded.
@@ -268,7 +268,7 @@ class Folded(nn.Module):
             copied.bias.copy_(original.bias)
 
 
-def folded(model: ResNet, dtype: torch.dtype | None = None) -> Folded:
+def folded(model, dtype=None):
     """A frozen copy of `model` for attacks and evaluation: eval mode, batch norms folded into convolutions.
 
     Its logits are those of `model.eval()` up to rounding, whatever mode `model` is in. After a change of

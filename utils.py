@@ -49,9 +49,7 @@ class FileSystemError(Fault):  # a file that cannot be written, or must not be r
     exit_status = 6
 
 
-class Interrupted(Fault):
-    """A signal, or (`signum` None) the end of its time, stopped the run after its state was saved."""
-
+class Interrupted(Fault):  # by a signal, or (`signum` None) the end of its time; its state is saved
     def __init__(self, signum, message):
         super().__init__(message)
         self.exit_status = 128 + signum if signum else 0
@@ -103,12 +101,6 @@ def silence_stdout():
     with contextlib.suppress(OSError, ValueError):  # closed, or a stream that is no file
         os.dup2(null.fileno(), sys.stdout.fileno())
     sys.stdout = null
-
-
-def printable(text):
-    """Return `text`, from a file or its name, for a message: control characters escaped, 300 at most."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return shown if len(shown) <= 300 else f"{shown[:140]} ... {shown[-150:]}"
 
 
 def progress(iterable, total, description, initial=0):
