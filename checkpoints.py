@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
     startup.begin()
 
+import argparse
 import hashlib
 import io
 import itertools
@@ -118,18 +119,13 @@ def _load(path, content):
     except Fault:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read ({reason}); the file is damaged, use another copy"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"{path}: cannot be read ({reason}); it is damaged, use another copy") from None
     if not isinstance(state, dict):
-        kind = type(state).__name__
-        raise CheckpointError(
-            f"{path}: holds a {kind}, not a checkpoint; save the model's state_dict instead"
-        )
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint; save a state_dict")
     _check_size(path, state)
     version = state.get("format", FORMAT)
-    if version != FORMAT or type(version) is not int:
+    if type(version) is not int or version != FORMAT:
         newer = type(version) is int and version > FORMAT
         why = "is newer than this code reads; update the project" if newer else "is unknown"
         raise CheckpointError(f"{path}: format {version!r} {why} (this is format {FORMAT})")
@@ -219,11 +215,9 @@ def _check_zip(path, content):
                 raise zipfile.BadZipFile("it is compressed, as no checkpoint is")
             damaged = archive.testzip()
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: is cut off or damaged ({error}); interrupted copy? Use another copy"
-        ) from None
+        raise CheckpointError(f"{path}: is cut off or damaged ({error}); use another copy") from None
     if damaged:
-        raise CheckpointError(f"{path}: {damaged} fails its checksum; the file is damaged, use another copy")
+        raise CheckpointError(f"{path}: {damaged} fails its checksum; use another copy")
 
 
 # ---------------------------------------------------------------- networks in checkpoints
@@ -315,12 +309,11 @@ def export(source, target):
 
     The format is safetensors where `target` ends so. Both formats load wherever a checkpoint does.
     """
-    state, target = load(source), Path(target)
-    state = state if "state_dict" in state else {"state_dict": state}
-    kept = {name: state[name] for name in EXPORTED if name in state}
-    for part in ("state_dict", "criterion"):
-        tensors = kept.get(part, {}).items()
-        kept[part] = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors}
+    read, target = read_network(source), Path(target)
+    kept = {name: read.state[name] for name in EXPORTED if name in read.state}
+    for part, tensors in (("state_dict", read.weights), ("criterion", read.criterion)):
+        plain = torch.contiguous_format
+        kept[part] = {name: value.clone(memory_format=plain) for name, value in tensors.items()}
     config = kept.get("config", {}).items()
     kept["config"] = {name: value for name, value in config if name not in NOT_EXPORTED_SETTINGS}
     if target.exists():
@@ -341,10 +334,8 @@ def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise UsageError(
-            "reading and writing .safetensors needs a package: pip install safetensors"
-        ) from None
-    return safetensors
+        raise UsageError(".safetensors needs a package: pip install safetensors") from None
+    return safetensors.torch
 
 
 def _to_safetensors(state):
@@ -353,11 +344,11 @@ def _to_safetensors(state):
     tensors = {**state["state_dict"], **prototypes}
     rest = json.dumps({name: state[name] for name in state if name not in ("state_dict", "criterion")})
     header = {"checkpoint": rest, "sha256": _digest(tensors, rest)}
-    return _safetensors().torch.save(tensors, header)
+    return _safetensors().save(tensors, header)
 
 
 def _read_safetensors(path, content):
-    tensors = _safetensors().torch.load(content)
+    tensors = _safetensors().load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
     rest = header.get("checkpoint", "{}")
     if "sha256" in header and header["sha256"] != _digest(tensors, rest):
@@ -379,9 +370,7 @@ def _digest(tensors, text):
 
 
 def main(argv):
-    parser = cli.Parser(
-        description="Write the weights and prototypes of a checkpoint, without the optimiser."
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("export",))
     parser.add_argument("checkpoint", help="what a training script saved")
     parser.add_argument("path", help="the file to write; .safetensors chooses that format")

@@ -9,14 +9,12 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import errno
 import functools
 import inspect
 import os
 import re
 import signal
 import sys
-import threading
 import traceback
 import types
 from collections.abc import Callable
@@ -25,13 +23,10 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 
 import torch
 
-from utils import LONGEST_LINE, UsageError, printable, silence_stdout
+from utils import LONGEST_LINE, UsageError, answering_signals, printable, silence_stdout
 
 TORCH_FLOOR = (2, 10)  # as in requirements.txt
-FILE_SYSTEM_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-)
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 # ---------------------------------------------------------------- types of options
@@ -76,7 +71,7 @@ def run(main, config_class):
         try:
             main(config)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
                 raise
             size = getattr(config, "batch_size", None)
             used = f" with --batch-size {size}" if size else ""
@@ -101,7 +96,7 @@ def leave_with_status(command):
     status, message = 0, ""
     try:
         check_versions()
-        with _signals_raise():
+        with answering_signals(_interrupt):
             command(argv)
     except SystemExit as end:  # --help
         status = end.code
@@ -132,39 +127,20 @@ def _prepare_streams():
             getattr(sys, name).reconfigure(errors="replace")
 
 
-@contextlib.contextmanager
-def _signals_raise():
-    """Within it SIGINT and SIGTERM raise KeyboardInterrupt, so that files are closed and locks removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt(signum)
-
-    before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _interrupt(signum, frame):
+    """Answer a signal so that files are closed and locks removed."""
+    raise KeyboardInterrupt(signum)
 
 
 def describe_error(error):
     """Return (exit status, one line) for an exception; what came from a file is escaped and shortened."""
     text, status = " ".join(str(error).split()), getattr(error, "exit_status", 1)
-    if isinstance(error, OSError) and error.errno in FILE_SYSTEM_ERRORS:
-        text = f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
+    if isinstance(error, OSError) and error.errno:
         status = 6
-    if status == 1:
+        text = f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another path"
+    elif status == 1:
         text = f"internal error, {type(error).__name__}: {text or 'no message'} (--debug shows where)"
     return status, printable(text, 300 if status in (3, 4) else LONGEST_LINE)
-
-
-def _is_out_of_memory(error):
-    """Whether memory ran out: GPU and CPU raise a RuntimeError with one of these texts."""
-    texts = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def check_versions():
@@ -247,8 +223,9 @@ def _add_option(group, field, hint, written, comment):
     names = get_args(part.type) if get_origin(part.type) is Literal else ()
     if any(str(name) not in comment for name in names):
         comment = "; ".join(filter(None, (comment, f"of {', '.join(names)}")))
-    shown = written.replace(" ", "") if isinstance(default, float) else _text(default)
-    shown = "none" if default in (None, ()) else shown
+    shown = written.replace(" ", "") if isinstance(default, float) else str(default).replace("None", "none")
+    if isinstance(default, tuple):
+        shown = " ".join(map(str, default)) or "none"
     help_text = f"{comment} [{shown}]".strip().replace("%", "%%")
     how = {"metavar": "V", "type": functools.partial(_value, part.type, kind.optional)}
     if kind.type is bool:
@@ -283,8 +260,6 @@ def fraction(text):
 
 
 class _Kind(NamedTuple):
-    """The parts of a field's type."""
-
     type: object  # without None and Annotated
     optional: bool = False  # whether None is allowed
     allowed: Allowed | None = None
@@ -341,16 +316,13 @@ def _check(name, value, hint):
             _check(name, part, get_args(kind.type)[0])
     allowed = kind.allowed or OF_TYPE[plain]
     if not (fits and allowed.test(value)):
-        kind = "" if type(value) in (int, float, str) else f" ({type(value).__name__})"
-        raise UsageError(f"{_option(name)} {_text(value)}{kind}: {name} {allowed.words}")
+        text = " ".join(map(str, value)) if type(value) is tuple else str(value)
+        text += "" if type(value) in (int, float, str, tuple) else f" ({type(value).__name__})"
+        raise UsageError(f"{_option(name)} {text}: {name} {allowed.words}")
 
 
 def _option(name):
     return "--" + name.replace("_", "-")
-
-
-def _text(value):
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _unknown_name(what, name, valid):

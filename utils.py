@@ -194,27 +194,31 @@ def evaluating(model):
 # ---------------------------------------------------------------- signals
 
 
-class StopSignals:
+@contextlib.contextmanager
+def answering_signals(handler):
+    """Within it `handler(signum, frame)` answers SIGINT and SIGTERM; in the main thread, others get none."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM) if here}
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
+
+
+class StopSignals(contextlib.ExitStack):
     """Within it SIGINT and SIGTERM ask for a stop (`received`); a second one ends the process at once."""
 
-    def __init__(self):
-        self.received = None
+    received = None
 
     def __enter__(self):
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._old[signum] = signal.signal(signum, self._handle)
+        self.enter_context(answering_signals(self._handle))
         return self
 
     def _handle(self, signum, frame):
         if self.received is not None:
             os._exit(128 + signum)
         self.received = signum
-
-    def __exit__(self, *error):
-        for signum, handler in self._old.items():
-            signal.signal(signum, handler)
 
 
 # ---------------------------------------------------------------- files
