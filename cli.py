@@ -119,12 +119,13 @@ def leave_with_status(command):
 def _prepare_streams():
     """Replace closed streams by /dev/null, and write letters that the locale lacks as question marks."""
     for name in ("stdout", "stderr"):
-        if getattr(
-            getattr(sys, name), "closed", True
-        ):  # or None: else the next file that is opened would get its number
+        stream = getattr(sys, name)
+        if stream is None or getattr(
+            stream, "closed", False
+        ):  # the next file that is opened would get its number
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's streams have none
-            getattr(sys, name).reconfigure(errors="replace")
+        elif hasattr(stream, "reconfigure"):  # a notebook's streams have none
+            stream.reconfigure(errors="replace")
 
 
 def _interrupt(signum, frame):
