@@ -13,7 +13,8 @@ def begin():
     """
     # What the options are read from: under a profiler the main module is the profiler's, and a script may
     # have been called by a symbolic link of another name.
-    sys.modules["__main__"].__file__ = os.path.realpath(sys.argv[0])
+    if os.path.isfile(sys.argv[0]):
+        sys.modules["__main__"].__file__ = os.path.realpath(sys.argv[0])
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupted)
     if "--debug" not in sys.argv:
