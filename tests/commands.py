@@ -1,4 +1,4 @@
-"""Scripts run by their command line, in this process: torch is imported already."""
+"""Scripts run by their command line, in this process, and what they and checkpoints answer."""
 
 import contextlib
 import io
@@ -7,9 +7,12 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
 
+import checkpoints
 import cli
 import robustness
+from utils import CheckpointError
 
 
 def run(module, *options):
@@ -46,3 +49,21 @@ def measured(path):
     code, _, said = run(robustness, *evaluation_of(path))
     assert code == 0, said
     return json.loads((path.parent / "results.json").read_text())["checkpoints"][0]
+
+
+def message(path, read=checkpoints.load):
+    """The one line that a refused file is answered with."""
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    text = str(caught.value)
+    assert caught.value.exit_status == 4 and "\n" not in text and str(path) in text
+    assert "weights_only" not in text and "unsafe" not in text.lower()
+    return text
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b

@@ -1,20 +1,23 @@
 """What is in a checkpoint, measured by `robustness.py` or refused (items 13, 50 to 52, 56, 65 to 67)."""
 
+import contextlib
 import json
 import math
 import os
 import time
+import zipfile
 
 import pytest
 import torch
-from commands import evaluation_of, measured, refused, run
-from hypothesis import HealthCheck, given, settings
+from commands import evaluation_of, measured, message, refused, run, same
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import checkpoints
 import robustness
 import utils
 from resnet_model import resnet
+from utils import CheckpointError
 
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ", "60")),  # 10000 for the long form
@@ -185,3 +188,80 @@ def test_any_mapping_of_tensors_is_refused_or_measured_with_finite_numbers(tmp_p
         entry = json.loads((tmp_path / "results.json").read_text())["checkpoints"][0]
         assert all(0 <= attack["accuracy"] <= 100 for attack in entry["attacks"].values())
         assert "null" not in json.dumps(entry["margins"])
+
+
+# ---------------------------------------------------------------- fuzz
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint of a few kilobytes, as bytes: every kind of content, little of each."""
+    path = tmp_path_factory.mktemp("fuzz") / "small.pth.tar"
+    state = {"state_dict": {"w": torch.arange(24.0).view(2, 3, 4)}, "epoch": 4, "history": [{"loss": 0.5}]}
+    checkpoints.save(state, path)
+    return path.read_bytes()
+
+
+@fuzz
+@given(data=st.data())
+def test_damage_anywhere_is_refused_or_harmless(small, tmp_path, data):
+    """Bytes replaced, cut off, inserted, zero or in reverse: a CheckpointError, or just what was saved."""
+    path, content = tmp_path / "small.pth.tar", bytearray(small)
+    path.write_bytes(small)
+    whole = checkpoints.load(path)
+    place = data.draw(st.integers(0, len(content) - 1))
+    size = data.draw(st.sampled_from([0, 1, len(content)]) | st.integers(1, 600))
+    part = content[place : place + size]
+    changed = st.binary(max_size=40) | st.sampled_from([b"", bytes(len(part)), bytes(part[::-1])])
+    content[place : place + size] = data.draw(changed)
+    path.write_bytes(content)
+    try:
+        state = checkpoints.load(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert same(state, whole)
+
+
+HEADS = [b"", b"PK\x03\x04", b"\x80\x02", b"<html", b"\x10\0\0\0\0\0\0\0{", b"\x80\x02\x8a\x0a"]
+
+
+@fuzz
+@given(head=st.sampled_from(HEADS), tail=st.binary(max_size=300))
+@example(b"\xff\xff\xff\xff\xff\xff\xff\x7f{", b"")
+def test_bytes_of_no_meaning_are_refused(tmp_path, head, tail):
+    path = tmp_path / "noise.pth.tar"
+    path.write_bytes(head + tail)
+    message(path, checkpoints.read_network)
+
+
+OPCODES = [bytes([c]) for c in b"}])(.012KMNXUqrhjRbcQ\x81\x85\x86\x87\x88\x89\x93\x94usaetl0"]
+GLOBALS = [b"cos\nsystem\n", b"cposix\nsystem\n", b"cbuiltins\neval\n", b"cpathlib\nPath\n"]
+GLOBALS += [b"ctorch\nload\n", b"ctorch._utils\n_rebuild_tensor\n"]
+pickled = st.lists(
+    st.one_of(
+        st.sampled_from(OPCODES),
+        st.sampled_from(GLOBALS),
+        st.text("touch canary", max_size=12).map(lambda t: b"X" + len(t).to_bytes(4, "little") + t.encode()),
+        st.integers(0, 255).map(lambda i: b"K" + bytes([i])),
+    ),
+    max_size=40,
+).map(b"".join)
+
+
+@fuzz
+@given(program=pickled, wrapped=st.booleans())
+@example(b"cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.", True)
+@example(b"cposix\nsystem\nX\x0c\x00\x00\x00touch canary\x85R.", False)
+def test_pickle_programs_run_nothing(tmp_path, program, wrapped):
+    path, canary = tmp_path / "program.pth.tar", tmp_path / "canary"
+    content = b"\x80\x02" + program + b"."
+    path.write_bytes(content)
+    if wrapped:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", b"3\n")
+            archive.writestr("archive/byteorder", b"little")
+    with contextlib.chdir(tmp_path), contextlib.suppress(CheckpointError):
+        checkpoints.read_network(path)
+    assert not canary.exists() and os.listdir(tmp_path) == [path.name]
