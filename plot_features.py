@@ -68,6 +68,7 @@ class Config:
     limit: Count | None = 1000  # so many test images, the first of each class; none: all
     checkpoints: tuple[str, ...] = ()  # the columns; none: the scripts' own, or all in their folders
     picture: str = "features.png"  # .png, .pdf or .svg; the numbers lie beside it as .json
+    overwrite: bool = False  # replace picture and numbers that are there
     # features
     layer: Literal[LAYERS] = "fc"  # layer2, layer3 or fc, the penultimate one
     # attack
@@ -97,7 +98,7 @@ class Column(NamedTuple):
     """What is drawn and told of one checkpoint: rows `clean` and `attacked`, in that order."""
 
     target: evaluation.Target
-    rows: dict[str, Cloud]
+    width: int  # of the features
     points: dict[str, Tensor]  # name of the row: N x 2
     prototypes: Tensor | None  # num_classes x 2
     numbers: dict[str, dict[str, float | None]]
@@ -118,6 +119,8 @@ def collect(config, target, split):
         for name, images in (("clean", clean), ("attacked", attacked)):
             with evaluation.exact_float32(), torch.no_grad():
                 outputs = target.model(images)
+            if name == "clean":
+                evaluation.check_scores(outputs.logits, labels, target.path)
             correct = outputs.logits.argmax(1) == labels
             blocks[name].append((getattr(outputs, config.layer).cpu().double(), correct.cpu()))
     rows = {name: Cloud(*map(torch.cat, zip(*parts, strict=True))) for name, parts in blocks.items()}
@@ -128,13 +131,9 @@ def collect(config, target, split):
 
 
 def prototypes_of(target, layer):
-    """The prototypes that features at `layer` were pulled to, float64, on the CPU; None where there are none.
-
-    Without a pull they are those that features were pushed from.
-    """
-    if target.prototypes is None:
-        return None
-    for terms in (target.prototypes.proximity, target.prototypes.contrastive):
+    """The prototypes that features at `layer` were pulled to, or else pushed from, float64; None without."""
+    loss = target.prototypes
+    for terms in () if loss is None else (loss.proximity, loss.contrastive):
         if layer in terms:
             return terms[layer].centers.cpu().double()
     return None
@@ -166,12 +165,6 @@ def project(features, origin, axes):
 # ---------------------------------------------------------------- numbers
 
 
-def class_means(features, labels, num_classes):
-    """The mean feature of each class, num_classes x D, NaN for a class without images."""
-    sums = torch.zeros(num_classes, features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=num_classes)[:, None]
-
-
 def pair_distances(features, labels):
     """Mean Euclidean distance of two images of one class, and of two of different classes.
 
@@ -191,10 +184,11 @@ def pair_distances(features, labels):
     return tuple(total / count if count else None for total, count in zip(sums, counts, strict=True))
 
 
-def overlap(features, labels, means):
-    """Percent of the images whose nearest class mean is not that of their own class."""
-    nearest = torch.cdist(features, means).nan_to_num(torch.inf).argmin(1)
-    return 100 * (nearest != labels).double().mean().item()
+def overlap(features, labels, clean):
+    """Percent of the images nearer to the mean clean feature of another class than to that of their own."""
+    present, places = labels.unique(return_inverse=True)
+    means = torch.stack([clean[labels == label].mean(0) for label in present])
+    return 100 * (torch.cdist(features, means).argmin(1) != places).double().mean().item()
 
 
 def shown(features, points):
@@ -203,7 +197,7 @@ def shown(features, points):
     return 100 * points.var(0, correction=0).sum().item() / total if total else None
 
 
-def measure(rows, points, labels, num_classes):
+def measure(rows, points, labels):
     """What the picture shows as numbers, for clean and attacked images, None where there is no such number.
 
     accuracy: percent classified right. within, between, ratio: `pair_distances` and their quotient. overlap:
@@ -211,7 +205,6 @@ def measure(rows, points, labels, num_classes):
     image's feature and its clean feature. shown: percent of the variance that the `points` hold.
     """
     clean = rows["clean"].features
-    means = class_means(clean, labels, num_classes)
     numbers = {}
     for name, (features, correct) in rows.items():
         within, between = pair_distances(features, labels)
@@ -220,7 +213,7 @@ def measure(rows, points, labels, num_classes):
             "within": within,
             "between": between,
             "ratio": within / between if within is not None and between else None,
-            "overlap": overlap(features, labels, means),
+            "overlap": overlap(features, labels, clean),
             "moved": (features - clean).norm(dim=1).mean().item(),
             "shown": shown(features, points[name]),
         }
@@ -230,12 +223,12 @@ def measure(rows, points, labels, num_classes):
 def make_column(config, target, dataset):
     """Attack, project and measure one checkpoint."""
     rows = collect(config, target, dataset.test)
-    frame = principal_axes(rows["clean"].features)
+    clean = rows["clean"].features
+    frame = principal_axes(clean)
     points = {name: project(cloud.features, *frame) for name, cloud in rows.items()}
     prototypes = prototypes_of(target, config.layer)
     drawn = None if prototypes is None else project(prototypes, *frame)
-    numbers = measure(rows, points, dataset.test.labels.cpu(), len(dataset.classes))
-    return Column(target, rows, points, drawn, numbers)
+    return Column(target, clean.shape[1], points, drawn, measure(rows, points, dataset.test.labels.cpu()))
 
 
 # ---------------------------------------------------------------- reports
@@ -249,13 +242,6 @@ def table(columns):
             cells = ["-" if numbers[key] is None else f"{numbers[key]:.4g}" for key in HEADINGS]
             rows.append([column.target.label, name, *cells])
     return utils.markdown_table(rows)
-
-
-def entry(column):
-    """What the JSON file says of one checkpoint."""
-    width = column.rows["clean"].features.shape[1]
-    found = {"feature_width": width, "prototypes": column.prototypes is not None}
-    return {**report.about(column.target), **found, **column.numbers}
 
 
 def attack_title(config):
@@ -300,8 +286,8 @@ def draw(config, dataset, columns, figure_class):
         panels[0].set_ylabel(title, fontsize=14, labelpad=8)
         for panel, column in zip(panels, columns, strict=True):
             draw_panel(panel, column, name, labels, colours)
-    stars = any(column.prototypes is not None for column in columns)
-    legend(figure, dict(zip(names, colours, strict=False)), stars, legend_columns)
+    shown_names = dict(zip(names, colours, strict=False))
+    legend(figure, shown_names, any(c.prototypes is not None for c in columns), legend_columns)
     return figure
 
 
@@ -358,8 +344,8 @@ def main(config: Config) -> None:
     if Path(config.picture).suffix not in SUFFIXES:
         raise utils.UsageError(f"--picture {config.picture}: picture ends in {', '.join(SUFFIXES)}")
     numbers = Path(config.picture).with_suffix(".json")
-    for path in (config.picture, numbers):
-        utils.prepare_output(path)
+    remedy = "--overwrite replaces it, --picture names another"
+    utils.claim((config.picture, numbers), lambda path: config.overwrite, remedy)
     device = utils.select_device(config.device)
     for path in paths:
         checkpoints.check_file(path)
@@ -367,7 +353,16 @@ def main(config: Config) -> None:
     trials.check_classes([config.attack], len(dataset.classes))
     targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
     columns = [make_column(config, target, dataset) for target in targets]
-    utils.write_text(numbers, report.to_json(config, dataset, [entry(column) for column in columns]))
+    entries = [
+        {
+            **report.about(c.target),
+            "feature_width": c.width,
+            "prototypes": c.prototypes is not None,
+            **c.numbers,
+        }
+        for c in columns
+    ]
+    utils.write_text(numbers, report.to_json(config, dataset, entries))
     utils.say("\n" + table(columns) + "\n")
     utils.say(
         f"Features at {config.layer} of {len(dataset.test):,} test images of {dataset.name}; "

@@ -35,7 +35,7 @@ import data
 import evaluation
 import utils
 from cli import Count, Epsilon, JsonFile, NotNegative, Positive, Seed, StepSize, Whole
-from evaluation import autoattack, checks, registry, report, trials
+from evaluation import autoattack, checks, files, report, trials
 
 DEFAULT_CHECKPOINTS = (
     "Models_Softmax/CIFAR10_Softmax.pth.tar",
@@ -45,7 +45,7 @@ DEFAULT_CHECKPOINTS = (
 )
 
 Attacks = tuple[Literal[tuple(evaluation.ATTACKS)], ...]
-CurveAttacks = tuple[Literal[registry.CURVE_ATTACKS], ...]
+CurveAttacks = tuple[Literal[trials.CURVE_ATTACKS], ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
     source_checkpoint: str | None = None  # the network on which `transfer` makes its images
     results: JsonFile = "results/robustness.json"  # all numbers and settings; CSV files lie beside
     resume: bool = False  # go on with a stopped evaluation of the same checkpoints, data and settings
-    overwrite: bool = False  # start anew over a stopped evaluation
+    overwrite: bool = False  # start anew over a stopped or finished evaluation, or any file of these names
     # attacks
     attacks: Attacks = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
     epsilon: Epsilon = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
@@ -123,7 +123,8 @@ def main(config: Config) -> None:
         autoattack.find()
     with utils.hold(config.results):
         results = prepare(config, paths)
-        results.resume()
+        if results.resume():
+            return utils.say(f"{config.results} is finished already; --overwrite starts anew")
         evaluation.measure_all(results)
         report.publish(results)
         results.remove()
@@ -131,15 +132,12 @@ def main(config: Config) -> None:
 
 def prepare(config: Config, paths: list[str]) -> evaluation.Results:
     """Everything that is measured, with all that could be in the way of it found before any attack."""
-    for output in report.outputs(config):
-        utils.prepare_output(output)
-    if config.save_images is not None:
-        utils.prepare_output(Path(config.save_images) / "image")
+    for path in paths:
+        checkpoints.check_file(path)
+    files.claim(config, paths)
     device = utils.select_device(config.device)
     size = config.batch_size or (500 if device.type == "cuda" else 100)
     config = dataclasses.replace(config, batch_size=size)
-    for path in paths:
-        checkpoints.check_file(path)
     select = {"limit": config.limit, "holdout": config.holdout, "device": device, "splits": ("test",)}
     dataset = data.load(config.dataset, config.data_dir, **select)
     targets = [evaluation.load_target(path, device, dataset.classes, config.predict) for path in paths]

@@ -5,12 +5,12 @@ import csv
 import errno
 import glob
 import hashlib
-import io
 import os
 import platform
 import signal
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy
@@ -254,6 +254,22 @@ def prepare_output(path):
         probe.unlink()
 
 
+def claim(outputs, may_replace, remedy):
+    """Prove, before any work, that a run can write all its `outputs` and replaces no file of anybody else's.
+
+    `may_replace(path)` says of a file that is there whether it is this run's own, or the user gave it up;
+    `remedy` says what to do where it is not. Raises FileSystemError, also where two outputs are one file.
+    """
+    outputs = [Path(path) for path in outputs]
+    for path in outputs:
+        prepare_output(path)
+    for path in outputs:
+        if sum(path.resolve() == other.resolve() for other in outputs) > 1:
+            raise FileSystemError(f"{path}: two outputs of this run have this name; name another")
+        if path.is_dir() or (path.exists() and not may_replace(path)):
+            raise FileSystemError(f"{path}: exists already; {remedy}")
+
+
 def _temporary(path):
     return path.parent / f"{path.name}.{os.getpid()}.tmp"
 
@@ -325,6 +341,7 @@ def _locked(file, path):
 
 def markdown_table(rows):
     """Rows of text as a Markdown table, the first row its head; all columns but the first to the right."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -333,11 +350,12 @@ def markdown_table(rows):
 
 def csv_text(columns, rows):
     """Dicts as CSV text, None as an empty cell."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    lines = []
+    writer = csv.DictWriter(types.SimpleNamespace(write=lines.append), columns)
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue()
+    # Written with \r\n, since with \n alone a lone \r in a cell would not be quoted, and would end the row.
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 def write_bytes(path, content):
@@ -349,6 +367,6 @@ def write_bytes(path, content):
 
 
 def write_text(path, text):
-    """Write a text file atomically."""
+    """Write a text file atomically; what UTF-8 has no code for (names of files) is written as \\udcff."""
     with replacing(path) as temporary:
-        write_bytes(temporary, text.encode("utf-8", errors="replace"))
+        write_bytes(temporary, text.encode("utf-8", errors="backslashreplace"))

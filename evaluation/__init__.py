@@ -9,9 +9,8 @@ whether it is the network that withstands the attacks, and `report` writes table
 
 # ruff: noqa: F401  # the imported names are the package's own
 
-from .measure import attack_block, check_result, exact_float32, measure, measure_all
+from .measure import attack_block, check_result, check_scores, exact_float32, measure, measure_all
 from .outcome import COLUMNS, Outcome
-from .registry import ATTACKS, in_255ths
 from .results import Results
 from .target import Target, classifier, load_target
-from .trials import Trial
+from .trials import ATTACKS, Trial, in_255ths

@@ -2,14 +2,11 @@
 
 import contextlib
 import copy
-import importlib
 import logging
 
 import torch
 
 import utils
-
-PACKAGES = ("pyautoattack", "autoattack")
 
 
 class Logits(torch.nn.Module):
@@ -28,11 +25,14 @@ class Logits(torch.nn.Module):
 
 
 def find():
-    """Return (name of the package, its AutoAttack class); UsageError when none is installed."""
-    for name in PACKAGES:
-        with contextlib.suppress(ImportError):
-            return name, importlib.import_module(name).AutoAttack
-    raise utils.UsageError("--attacks autoattack: not installed; pip install pyautoattack, or leave it out")
+    """Return the class AutoAttack; UsageError when it is not installed."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        raise utils.UsageError(
+            "--attacks autoattack: not installed; pip install pyautoattack, or leave it out"
+        ) from None
+    return AutoAttack
 
 
 def run(network, images, labels, epsilon, *, generator, log):
@@ -40,20 +40,15 @@ def run(network, images, labels, epsilon, *, generator, log):
 
     With less than ten classes, four at least, the targeted attacks take all there are as targets.
     """
-    name, autoattack = find()
     model, images = Logits(network), images.contiguous()
     seed = int(torch.randint(2**31, (), generator=generator))
     options = {"norm": "Linf", "eps": epsilon, "seed": seed, "version": "standard", "device": images.device}
-    own_log = name != "pyautoattack"
-    extra = {"log_path": str(log), "verbose": True} if own_log else {}
-    with contextlib.nullcontext() if own_log else appending(logging.getLogger("auto-attack"), log):
-        adversary = autoattack(model, **options, **extra)
+    with appending(logging.getLogger("auto-attack"), log):
+        adversary = find()(model, **options)
         with torch.no_grad():
             targets = min(9, model(images[:1]).shape[1] - 1)
         adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-        batch = {"bs" if own_log else "batch_size": len(images)}
-        found = adversary.run_standard_evaluation(images, labels, **batch)
-    found = found[0] if isinstance(found, tuple) else found
+        found, _ = adversary.run_standard_evaluation(images, labels, batch_size=len(images))
     return into_ball(found, images, epsilon)
 
 
@@ -61,7 +56,6 @@ def run(network, images, labels, epsilon, *, generator, log):
 def appending(logger, path):
     """Within it everything that `logger` says is appended to a file, and goes nowhere else."""
     handler, before = logging.FileHandler(path, encoding="utf-8"), (logger.level, logger.propagate)
-    handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False

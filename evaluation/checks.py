@@ -1,23 +1,65 @@
-"""Is it the network that withstands an attack, or the attack that fails?
+"""Is it the network that withstands an attack, or the attack that fails? Each check gives one Finding.
 
 `trials` are the attacks that --sanity needs, on a few images; `sanity` gives all findings on them.
-`under_table` is the short form: the same checks on the attacks that the table has anyway.
+`under_table` is the short form: the same checks on the attacks that the table has anyway. `outcomes` are an
+Outcome by the name of its attack, or by its part in `trials`. The thresholds are here and nowhere else.
+
+After Carlini et al., On Evaluating Adversarial Robustness (2019), Athalye et al., Obfuscated Gradients Give a
+False Sense of Security (2018), and the flags of AutoAttack.
 """
 
 import dataclasses
+import itertools
+from typing import NamedTuple
 
 import torch
 
 import data
 
-from . import findings
-from .findings import BLIND, EVERYWHERE, FAR, MORE_STEPS, OTHER_LOSSES
 from .measure import exact_float32
-from .registry import PGD_STEP
-from .trials import CLEAN, clean, make
+from .outcome import QUANTILES, SATURATED_MARGIN, VANISHED_MARGIN, margin_quantiles, percent
+from .trials import ATTACKS, CLEAN, PGD_STEP, clean, in_255ths, make
 
+FAR, EVERYWHERE = 64 / 255, 1.0  # radii at which hardly anything, and nothing, withstands
+MORE_STEPS = 5  # times as many where more steps must not matter
 MOST_QUERIES = 1000  # of Square
+# In percent of the images: up to here a difference is noise, and from here on a defect.
+NOISE_PERCENT, DEFECT_PERCENT = 1.0, 5.0
+NOISE_IMAGES = 2  # so many images are noise whatever their share
+FAR_WARN_PERCENT, FAR_FAIL_PERCENT = 5.0, 10.0  # right at FAR
+SATURATED_WARN_PERCENT = 25.0  # of the margins above 17
+OTHER_LOSSES = {"pgd": ("pgd-margin", "pgd-dlr"), "apgd-ce": ("apgd-dlr",)}  # the same attack on another loss
+BLIND = {"square": "Square", "transfer": "transfer"}  # attacks that see no gradient of the network
 GUIDED = ("bim", "mim", "pgd", "pgd-margin", "pgd-dlr", "apgd-ce", "apgd-dlr")  # by gradients, in many steps
+MEANINGS = {  # what a check that is not passed means and asks for
+    "deterministic": "the network is random, so single gradients mislead: average them over draws (EOT)",
+    "logits": "these are probabilities, and another softmax on top masks gradients: return the logits",
+    "iterative attack": "many steps do less than one: gradients mislead, believe the margin and Square",
+    "falling with epsilon": "a larger ball holds the smaller one, so the attack fails: more steps",
+    "hardly any at 64/255": "so far off no network can be right: the attack fails, the table overstates",
+    "none without a bound": "any image may become any other: gradients are zero or mislead, believe Square",
+    "more steps change little": "PGD stops too early: raise --num-steps, add --random-start --restarts 5",
+    "noise weaker than gradient": "random signs do more than the gradient's: believe Square and AutoAttack",
+    "white box beats Square": "what knows less finds more: gradients are masked, believe Worst",
+    "white box beats transfer": "what knows less finds more: gradients are masked, believe Worst",
+    "losses agree": "gradient masking: cross-entropy overstates robustness, believe the lower number",
+    "gradients": "masked gradients: an image without one is never changed and counts as robust, so "
+    "believe Worst, with pgd-margin, apgd-dlr and square among the --attacks",
+    "logit margins": "from 17 on cross-entropy's gradient fades, by 104 it is gone: attack the margin",
+}
+
+
+class Finding(NamedTuple):
+    """One check: its `name`, PASS, WARN or FAIL, what was seen, and what that means and asks for."""
+
+    name: str
+    status: str
+    seen: str
+    meaning: str
+
+    def __str__(self):
+        advice = "" if self.status == "PASS" else f"; {self.meaning}"
+        return f"{self.status:4}  {self.name}: {self.seen}{advice}"
 
 
 def trials(config, num_classes, source=None):
@@ -34,11 +76,10 @@ def trials(config, num_classes, source=None):
         found["far"], found["everywhere"] = (_at(config, radius, steps) for radius in (FAR, EVERYWHERE))
         if source is not None:
             found["transfer"] = make("transfer", config, source)
-    limit = config.sanity_images
-    return {
-        part: dataclasses.replace(trial, key=f"sanity {part}", title=f"sanity, {part}", limit=limit)
-        for part, trial in found.items()
-    }
+    for part, trial in found.items():
+        names = {"key": f"sanity {part}", "title": f"sanity, {part}"}
+        found[part] = dataclasses.replace(trial, **names, limit=config.sanity_images)
+    return found
 
 
 def _at(config, epsilon, steps):
@@ -55,21 +96,21 @@ def sanity(results, target):
     with torch.no_grad(), exact_float32():
         images = data.to_float(sample).contiguous(memory_format=torch.channels_last)
         first, second = target.logits(images), target.logits(images)
-    found = [findings.deterministic(first, second), findings.are_logits(first)]
+    of_network = [deterministic(first, second), are_logits(first)]
     if config.epsilon == 0:
-        return found  # nothing below can be told without an attack
+        return of_network  # nothing below can be told without an attack
     return [
-        *found,
-        findings.iterative(outcomes),
-        findings.falling(outcomes, config.epsilon),
-        findings.far(outcomes),
-        findings.everywhere(outcomes),
-        findings.converged(outcomes),
-        findings.noise_is_weak(outcomes),
-        *(findings.white_box(outcomes, name) for name in BLIND if name in outcomes),
-        findings.losses_agree(outcomes),
-        findings.gradients(outcomes),
-        findings.margins(outcomes),
+        *of_network,
+        iterative(outcomes),
+        falling(outcomes, config.epsilon),
+        far(outcomes),
+        everywhere(outcomes),
+        converged(outcomes),
+        noise_is_weak(outcomes),
+        *(white_box(outcomes, name) for name in BLIND if name in outcomes),
+        losses_agree(outcomes),
+        gradients(outcomes),
+        margins(outcomes),
     ]
 
 
@@ -77,18 +118,146 @@ def under_table(results, target):
     """What a reader of a row must be told: two facts, and a warning for each check that the row fails."""
     outcomes = {trial.key: outcome for trial, outcome in results.row(target)}
     shown = tuple(name for name, outcome in outcomes.items() if outcome.gradients)
-    facts = [findings.margins(outcomes)]
-    if shown and outcomes[CLEAN].correct.any():
-        facts.insert(0, findings.gradients(outcomes, shown))
-    for fact in facts:
+    facts = [gradients(outcomes, shown)] if shown and outcomes[CLEAN].correct.any() else []
+    for fact in (*facts, margins(outcomes)):
         yield f"{fact.name}: {fact.seen}"
         if fact.status != "PASS":
             yield f"WARNING, check '{fact.name}': {fact.meaning}"
-    plain = [name for name in OTHER_LOSSES if findings.others(outcomes, name)]
-    compared = [findings.losses_agree(outcomes, name) for name in plain]
+    compared = [losses_agree(outcomes, name) for name in OTHER_LOSSES if _others(outcomes, name)]
     if guided := tuple(name for name in GUIDED if name in outcomes):
-        compared += [findings.white_box(outcomes, name, guided) for name in BLIND if name in outcomes]
-        compared += [findings.noise_is_weak(outcomes, guided)] if "noise" in outcomes else []
+        compared += [white_box(outcomes, name, guided) for name in BLIND if name in outcomes]
+        compared += [noise_is_weak(outcomes, guided)] if "noise" in outcomes else []
     for finding in compared:
         if finding.status == "FAIL":  # a few points less are ordinary between attacks of the table
             yield f"WARNING, check '{finding.name}' fails: {finding.seen}; {finding.meaning}"
+
+
+def _finding(name, seen, warn, fail):
+    """FAIL where `fail`, else WARN where `warn`, else PASS."""
+    return Finding(name, "FAIL" if fail else "WARN" if warn else "PASS", seen, MEANINGS[name])
+
+
+def _graded(name, excess, outcome, seen, noise=NOISE_PERCENT, defect=DEFECT_PERCENT):
+    """PASS up to `noise` percent too many of an outcome's images, WARN up to `defect`, FAIL beyond."""
+    warn = excess >= max(noise, 100 * NOISE_IMAGES / len(outcome)) + 1e-9
+    return _finding(name, seen, warn, warn and excess > defect)
+
+
+# ---------------------------------------------------------------- the network
+
+
+def deterministic(first, second):
+    """Two passes on the same images give the same scores."""
+    largest = (first - second).abs().max().item()
+    seen = "two passes agree bit for bit" if largest == 0 else f"two passes differ by up to {largest:.3g}"
+    return _finding("deterministic", seen, False, largest != 0)
+
+
+def are_logits(scores):
+    """Scores between 0 and 1 whose sum is 1 are probabilities."""
+    low, high = scores.min().item(), scores.max().item()
+    fail = low >= 0 and high <= 1 and (scores.sum(1) - 1).abs().max().item() < 1e-3
+    return _finding("logits", f"scores from {low:.3g} to {high:.3g}", False, fail)
+
+
+def margins(outcomes):
+    """How far the true logit of the clean images leads, and whether float32 still has a gradient there."""
+    found = margin_quantiles(outcomes[CLEAN])
+    vanished, saturated = found["above_104"], found["above_17"]
+    shown = ", ".join(f"{value:.3g}" for value in found["quantiles"].values())
+    seen = (
+        f"quantiles {' '.join(f'{q:g}' for q in QUANTILES)} of the clean images: {shown}; "
+        f"above {SATURATED_MARGIN:g}: {saturated:.2f} %, above {VANISHED_MARGIN:g}: {vanished:.2f} %"
+    )
+    return _finding("logit margins", seen, saturated > SATURATED_WARN_PERCENT, vanished > NOISE_PERCENT)
+
+
+def gradients(outcomes, shown=("pgd",)):
+    """How many images had a gradient of exactly zero under the attacks `shown`: first, ever and always."""
+    right = outcomes[CLEAN].correct
+    if not right.any():
+        return Finding("gradients", "WARN", "no image is right without attack", "nothing is left to attack")
+    kinds = ("zero_first", "zero_ever", "zero_always")
+    shares = {name: [percent(getattr(outcomes[name], kind)[right]) for kind in kinds] for name in shown}
+    seen = "exactly zero first / ever / always, % of the images right without attack: " + ", ".join(
+        f"{ATTACKS[name].title} {' / '.join(f'{share:.2f}' for share in found)}"
+        for name, found in shares.items()
+    )
+    flat = [name for name in shown if name.endswith("dlr")]
+    seen += "; DLR is flat where the true class comes third" if flat else ""
+    first, ever = (max((shares[n][i] for n in shown if n not in flat), default=0.0) for i in (0, 1))
+    masked = any(outcomes[name].frozen.any() for name in shown)
+    return _finding("gradients", seen, ever > 0 or masked, first > NOISE_PERCENT or ever > DEFECT_PERCENT)
+
+
+# ---------------------------------------------------------------- one attack against another
+
+
+def iterative(outcomes):
+    """Many steps do at least what one does."""
+    one, many = outcomes["fgsm"].accuracy, outcomes["pgd"].accuracy
+    seen = f"one step leaves {one:.2f}, PGD {many:.2f}"
+    return _graded("iterative attack", many - one, outcomes["pgd"], seen)
+
+
+def falling(outcomes, epsilon):
+    """A larger ball leaves no more."""
+    parts = (CLEAN, "pgd", "double", *(("far",) if 2 * epsilon <= FAR else ()))
+    accuracies = [outcomes[part].accuracy for part in parts]
+    rise = max(after - before for before, after in itertools.pairwise(accuracies))
+    pairs = zip((0, epsilon, min(2 * epsilon, 1.0), FAR), accuracies, strict=False)
+    seen = ", ".join(f"{accuracy:.2f} at {in_255ths(radius)}" for radius, accuracy in pairs)
+    return _graded("falling with epsilon", rise, outcomes["pgd"], seen)
+
+
+def far(outcomes):
+    """An image 64/255 off shows nothing that a network could be right about."""
+    left = outcomes["far"].accuracy
+    warn, fail = left > FAR_WARN_PERCENT, left > FAR_FAIL_PERCENT
+    return _finding("hardly any at 64/255", f"{left:.2f} left", warn, fail)
+
+
+def everywhere(outcomes):
+    """Where any image may become any other, none is left."""
+    left = outcomes["everywhere"].accuracy
+    return _finding("none without a bound", f"{left:.2f} left", False, left > 0)
+
+
+def converged(outcomes):
+    """More steps and restarts leave hardly less."""
+    few, many = outcomes["pgd"].accuracy, outcomes["more"].accuracy
+    seen = f"PGD leaves {few:.2f}, {MORE_STEPS} times the steps and 2 restarts {many:.2f}"
+    limits = (NOISE_PERCENT + 1, 2 * DEFECT_PERCENT)
+    return _graded("more steps change little", few - many, outcomes["pgd"], seen, *limits)
+
+
+def noise_is_weak(outcomes, guided=("pgd",)):
+    """Noise does less than the best attack that follows the gradient."""
+    best = min(guided, key=lambda name: outcomes[name].accuracy)
+    random, gradient = outcomes["noise"].accuracy, outcomes[best].accuracy
+    seen = f"noise leaves {random:.2f}, {ATTACKS[best].title} {gradient:.2f}"
+    return _graded("noise weaker than gradient", gradient - random, outcomes[best], seen)
+
+
+def white_box(outcomes, blind, guided=("pgd",)):
+    """What an attack finds without the gradient, those with it find too, image by image."""
+    missed = outcomes[CLEAN].correct & ~outcomes[blind].correct
+    for name in guided:
+        missed = missed & outcomes[name].correct
+    share, titles = percent(missed), ", ".join(ATTACKS[name].title for name in guided)
+    seen = f"{share:.2f} % of all images fall to {BLIND[blind]} and not to {titles}"
+    return _graded(f"white box beats {BLIND[blind]}", share, missed, seen)
+
+
+def _others(outcomes, plain):
+    """The attacks among `outcomes` that differ from `plain`, which is among them too, in the loss alone."""
+    return [name for name in OTHER_LOSSES[plain] if name in outcomes] if plain in outcomes else []
+
+
+def losses_agree(outcomes, plain="pgd"):
+    """No other loss does much better than cross-entropy."""
+    left = {name: outcomes[name].accuracy for name in _others(outcomes, plain)}
+    on_others = ", ".join(f"{ATTACKS[name].title} {accuracy:.2f}" for name, accuracy in left.items())
+    accuracy = outcomes[plain].accuracy
+    seen = f"{ATTACKS[plain].title} leaves {accuracy:.2f} on cross-entropy, {on_others}"
+    return _graded("losses agree", accuracy - min(left.values()), outcomes[plain], seen)

@@ -35,10 +35,11 @@ def generator_at(seed, start):
 
 
 def attack_block(target, trial, split, start, batch_size, seed):
-    """Attack the images of `split` from number `start` on; what one gets does not depend on the block.
+    """Attack the `batch_size` images of `split` from number `start` on.
 
     Returns (images, adversarial images, labels, the ZeroGradients of the attack); images are float in [0, 1],
-    N x C x H x W. Raises ValueError when a result holds NaN, or leaves [0, 1] or the ball.
+    N x C x H x W. What an image becomes does not depend on the block that it is in. Raises ValueError when a
+    result holds NaN, or leaves [0, 1] or the ball.
     """
     block = slice(start, start + batch_size)
     labels = split.labels[block]
@@ -62,10 +63,23 @@ def check_result(attacked, images, epsilon, bounded=True):
         raise ValueError(f"an attack went {farthest:.9g} far, beyond epsilon {epsilon:.9g}")
 
 
+def check_scores(logits, labels, path):
+    """Raise CheckpointError unless a network's scores of clean images, and their margins, are finite.
+
+    Of such a network nothing can be measured: NaN counts as wrong, so that it would seem a bad network.
+    """
+    if not (logits.isfinite().all() and attacks.margin(logits, labels).isfinite().all()):
+        raise utils.CheckpointError(
+            f"{path}: its class scores of clean images are not finite, or too far apart; its weights are too "
+            "large: use another copy, or an older file"
+        )
+
+
 def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
     """Try `trial` on `split` block by block from where `outcome` stands; yield after each, it extended.
 
-    With `keep_in`, a folder, each block's images are kept there. Raises ValueError as `attack_block` does.
+    With `keep_in`, a folder, each block's images are kept there. Raises ValueError as `attack_block` does,
+    and CheckpointError as `check_scores` does.
     """
     split = trial.of(split)
     if keep_in is not None and not len(outcome):
@@ -76,41 +90,23 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
         images, attacked, labels, zeros = attack_block(target, trial, split, start, batch_size, seed)
         with exact_float32(), torch.no_grad():
             logits = target.logits(attacked)
-        if trial.attack is None and not logits.isfinite().all():
-            raise utils.CheckpointError(f"{target.path}: its scores are NaN or infinite; use an older file")
-        _extend(outcome, images, attacked, labels, logits, zeros)
+        if trial.attack is None:
+            check_scores(logits, labels, target.path)
+        outcome.extend(images, attacked, labels, logits, zeros)
         if keep_in is not None:
-            _keep_block(keep_in, start, images, attacked, labels, outcome)
+            block = {"index": start, "labels": labels, "predicted": logits.argmax(1)}
+            _keep_block(keep_in, {**block, "images": images, "adversarial": attacked})
         outcome.seconds += time.monotonic() - began
         yield outcome
 
 
-def _extend(outcome, images, attacked, labels, logits, zeros):
-    """Add one block's images to an outcome."""
-    change = (attacked.double() - images.double()).flatten(1)
-    seen = zeros.first is not None
-    none = torch.zeros_like(labels, dtype=torch.bool)
-    outcome.gradients = outcome.gradients or seen
-    outcome.low = min(outcome.low, attacked.min().item())
-    outcome.high = max(outcome.high, attacked.max().item())
-    outcome.extend(
-        predicted=logits.argmax(1),
-        correct=~attacks.misclassified(logits, labels),
-        margin=-attacks.margin(logits, labels),
-        linf=change.abs().amax(1),
-        l2=change.norm(dim=1),
-        zero_first=zeros.first if seen else none,
-        zero_ever=zeros.ever if seen else none,
-        zero_always=zeros.always if seen else none,
-    )
-
-
-def _keep_block(folder, start, images, attacked, labels, outcome):
+def _keep_block(folder, block):
     """Write a block's images, float32 in [0, 1], to FOLDER/NNNNN.pt, N being the first image's index."""
-    path = Path(folder) / f"{start:05d}.pt"
+    path = Path(folder) / f"{block['index']:05d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    block = {"index": start, "labels": labels.cpu().clone(), "predicted": outcome.predicted[start:].clone()}
-    block |= {"images": images.cpu().contiguous(), "adversarial": attacked.cpu().contiguous()}
+    for name, value in block.items():
+        if name != "index":
+            block[name] = value.cpu().clone(memory_format=torch.contiguous_format)
     with utils.replacing(path) as temporary:
         torch.save(block, temporary)
 
@@ -120,25 +116,21 @@ def measure_all(results):
 
     Raises Interrupted on SIGINT or SIGTERM, with what is done saved.
     """
+    config, split = results.config, results.dataset.test
+    steps = {"batch_size": config.batch_size, "seed": config.seed}
     with utils.StopSignals() as stop:
         for target, trial in results.pairs():
-            _measure_one(results, target, trial, stop)
+            outcome, images = results.of(target, trial), len(trial.of(split))
+            folder = results.images_folder(target, trial)
+            blocks = measure(target, split, trial, outcome, **steps, keep_in=folder)
+            total, start = -(-images // config.batch_size), len(outcome) // config.batch_size
+            for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
+                if stop.received or time.monotonic() - results.saved > SAVE_EVERY:
+                    results.save()
+                if stop.received:
+                    raise utils.Interrupted(
+                        stop.received,
+                        f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of "
+                        f"{images:,} images; kept in {results.path}, --resume goes on",
+                    )
     results.save()  # a report that cannot be written must not cost the measurements
-
-
-def _measure_one(results, target, trial, stop):
-    config, split = results.config, results.dataset.test
-    outcome, images = results.of(target, trial), len(trial.of(split))
-    keep_in = results.images_folder(target, trial)
-    steps = {"batch_size": config.batch_size, "seed": config.seed, "keep_in": keep_in}
-    blocks = measure(target, split, trial, outcome, **steps)
-    total, start = -(-images // config.batch_size), len(outcome) // config.batch_size
-    for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
-        if stop.received or time.monotonic() - results.saved > SAVE_EVERY:
-            results.save()
-        if stop.received:
-            raise utils.Interrupted(
-                stop.received,
-                f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of {images:,} "
-                f"images; kept in {results.path}, --resume goes on",
-            )

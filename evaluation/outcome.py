@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+import attacks
+
 COLUMNS = {  # of an outcome, with a value for each image
     "predicted": torch.int64,
     "correct": torch.bool,
@@ -59,7 +61,23 @@ class Outcome:
         """Which images, (N,) bool, are misclassified within `epsilon` of the original."""
         return ~self.correct & (self.linf <= epsilon)
 
-    def extend(self, **values):
+    def extend(self, images, attacked, labels, logits, zeros):
+        """Add a block: its images, what an attack made of them, and the network's logits of that."""
+        change = (attacked.double() - images.double()).flatten(1)
+        none = torch.zeros_like(labels, dtype=torch.bool)
+        self.gradients = self.gradients or zeros.first is not None
+        self.low = min(self.low, attacked.min().item())
+        self.high = max(self.high, attacked.max().item())
+        values = {
+            "predicted": logits.argmax(1),
+            "correct": ~attacks.misclassified(logits, labels),
+            "margin": -attacks.margin(logits, labels),
+            "linf": change.abs().amax(1),
+            "l2": change.norm(dim=1),
+            "zero_first": none if zeros.first is None else zeros.first,
+            "zero_ever": none if zeros.ever is None else zeros.ever,
+            "zero_always": none if zeros.always is None else zeros.always,
+        }
         for name, dtype in COLUMNS.items():
             self.columns[name] = torch.cat([self.columns[name], values[name].cpu().to(dtype)])
 
@@ -71,8 +89,6 @@ def percent(mask):
 
 def wilson(correct, images, z=1.959964):
     """The Wilson 95 % interval of an accuracy, in percent (Wilson 1927)."""
-    if images == 0:
-        return 0.0, 100.0
     share, unit = correct / images, z * z / images
     middle = (share + unit / 2) / (1 + unit)
     half = z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
@@ -83,14 +99,8 @@ def wilson(correct, images, z=1.959964):
 def counts(mask):
     """Accuracy in percent, its 95 % interval, and the numbers behind it."""
     correct, images = int(mask.sum()), len(mask)
-    low, high = wilson(correct, images)
-    return {
-        "accuracy": percent(mask),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "correct": correct,
-        "images": images,
-    }
+    low, high = (round(end, 4) for end in wilson(correct, images))
+    return {"accuracy": percent(mask), "low": low, "high": high, "correct": correct, "images": images}
 
 
 def per_class(mask, labels, classes):

@@ -1,8 +1,6 @@
 """What an evaluation found, as a reader wants it: the table, its footnotes, JSON, CSV and model cards."""
 
 import json
-import math
-from pathlib import Path
 
 import cli
 import data
@@ -10,8 +8,7 @@ import utils
 
 from . import checks, pictures
 from .outcome import counts, margin_quantiles, per_class, percent
-from .registry import in_255ths
-from .trials import CLEAN
+from .trials import CLEAN, beside, in_255ths
 
 PUBLISHED = (
     "Published by the authors for depth 110, without attack and under FGSM, BIM, MIM and PGD: Softmax 92.15, "
@@ -22,9 +19,7 @@ PUBLISHED = (
 
 def publish(results):
     """Write all files, then print the table, its footnotes and the findings of --sanity."""
-    findings = {}
-    if results.checks:
-        findings = {target.sha256: checks.sanity(results, target) for target in results.targets}
+    findings = {t.sha256: checks.sanity(results, t) for t in results.targets if results.checks}
     write(results, findings)
     utils.say("\n" + table(results) + "\n")
     for line in footnotes(results):
@@ -54,10 +49,9 @@ def table(results):
     attacked = len(results.trials) > 1
     rows = [["Training", *(trial.title for trial in results.trials), *(["Worst"] if attacked else [])]]
     for label, target in results.labeled():
-        accuracies = {trial.key: outcome.accuracy for trial, outcome in results.row(target)}
-        cells = [f"{accuracies[t.key]:.2f}" if t.key in accuracies else "-" for t in results.trials]
+        accuracies = {trial.key: f"{outcome.accuracy:.2f}" for trial, outcome in results.row(target)}
         worst = [f"{percent(results.robust(target)):.2f}"] if attacked else []
-        rows.append([label, *cells, *worst])
+        rows.append([label, *(accuracies.get(trial.key, "-") for trial in results.trials), *worst])
     return utils.markdown_table(rows)
 
 
@@ -71,9 +65,8 @@ def footnotes(results):
         f"Accuracy in percent on {len(dataset.test):,} {dataset.tested} images of {dataset.name}; "
         f"L-infinity, epsilon {in_255ths(config.epsilon)}; seed {config.seed}{rule}."
     )
-    if settings := "; ".join(trial.settings for trial in results.trials if trial.settings):
-        yield settings + "."
     if len(results.trials) > 1:
+        yield "; ".join(trial.settings for trial in results.trials[1:]) + "."
         yield "Worst: right without attack and under every attack of the row, image by image."
     for label, target in results.labeled():
         depth = f", depth {target.depth}" if target.depth else ""
@@ -81,7 +74,7 @@ def footnotes(results):
         _, *attacked = results.row(target)
         if attacked:
             worst = counts(results.robust(target))
-            largest = max((o.linf.max().item() for t, o in attacked if t.bounded and len(o)), default=0.0)
+            largest = max((o.linf.max().item() for trial, o in attacked if trial.bounded), default=0.0)
             yield (
                 f"  Worst {worst['accuracy']:.2f} (95 % interval {worst['low']:.2f} to {worst['high']:.2f}); "
                 f"largest change {in_255ths(largest)}"
@@ -93,17 +86,6 @@ def footnotes(results):
 # ---------------------------------------------------------------- files
 
 
-def beside(config, suffix):
-    """A path beside the results, with their name and another suffix."""
-    path = Path(config.results)
-    return path.with_name(path.name.removesuffix(".json") + suffix)
-
-
-def outputs(config):
-    """The files that an evaluation always writes, and the one of its curves."""
-    return [Path(config.results), beside(config, ".csv"), beside(config, ".curves.csv")]
-
-
 def write(results, findings):
     """Write the JSON file at `config.results`; table, curves and model cards lie beside it."""
     config, more = results.config, {}
@@ -113,9 +95,10 @@ def write(results, findings):
         more["curves"] = rows
     if findings:
         more["sanity"] = {sha256: [f._asdict() for f in found] for sha256, found in findings.items()}
-    if config.model_card:
-        for target in results.targets:
-            utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), model_card(results, target))
+    for target in results.targets if config.model_card else ():
+        card = json.dumps(model_card(results, target), indent=2) + "\n"
+        utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), card)
+    more["source_sha256"] = results.source and results.source.sha256
     entries = [_entry(results, target) for target in results.targets]
     utils.write_text(config.results, to_json(config, results.dataset, entries, **more))
 
@@ -134,16 +117,7 @@ def to_json(config, dataset, entries, **more):
         **more,
         "versions": utils.versions(),
     }
-    return json.dumps(_finite(report), indent=2, allow_nan=False, default=str) + "\n"
-
-
-def _finite(value):
-    """The same with null for what JSON has no word for: NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(report, indent=2, allow_nan=False, default=str) + "\n"
 
 
 def about(target):
@@ -177,8 +151,8 @@ def _summary(trial, outcome, labels, classes):
         "per_class": per_class(outcome.correct, labels, classes),
         **{f"zero_gradient{n}": int(zero.sum()) if outcome.gradients else None for n, zero in zeros.items()},
         "frozen": int(outcome.frozen.sum()),
-        "max_delta": outcome.linf.max().item() if len(outcome) else 0.0,
-        "median_l2": outcome.l2.median().item() if len(outcome) else 0.0,
+        "max_delta": outcome.linf.max().item(),
+        "median_l2": outcome.l2.median().item(),
         "range": [outcome.low, outcome.high],
         "seconds": round(outcome.seconds, 2),
         "robust": _bits(outcome.correct),
@@ -186,13 +160,14 @@ def _summary(trial, outcome, labels, classes):
 
 
 def table_rows(results):
-    """A row for each checkpoint and attack, Worst included: accuracy, interval, per-class accuracy."""
+    """A row for each checkpoint and attack, Worst included; `class:X` is the accuracy of class X."""
     labels, classes = results.dataset.test.labels.cpu(), results.dataset.classes
     for name, target in results.labeled():
         masks = {trial.key: outcome.correct for trial, outcome in results.row(target)}
         for key, mask in {**masks, "worst": results.robust(target)}.items():
             start = {"training": name, "sha256": target.sha256, "attack": key}
-            yield {**start, **counts(mask), **per_class(mask, labels, classes)}
+            by_class = per_class(mask, labels, classes)
+            yield {**start, **counts(mask), **{f"class:{c}": percent for c, percent in by_class.items()}}
 
 
 def curve_rows(results):
@@ -206,17 +181,16 @@ def curve_rows(results):
 
 
 def model_card(results, target):
-    """What RobustBench's model_info files hold, as JSON text: accuracies in percent as text.
+    """What RobustBench's model_info files hold: accuracies in percent as text.
 
     `reported` is what the attacks of the table leave, each by itself the lowest; `autoattack_acc` is null
     where AutoAttack was not among them, and `unreliable` where another attack leaves much less than it.
     """
     dataset, row = results.dataset, results.row(target)
-    left = {trial.key: outcome.accuracy for trial, outcome in row}
-    lowest = min(outcome.accuracy for trial, outcome in row if trial.bounded)
-    autoattack = left.get("autoattack")
+    left = {trial.key: outcome.accuracy for trial, outcome in row if trial.bounded}
+    lowest, autoattack = min(left.values()), left.get("autoattack")
     images = f"{len(dataset.test):,} {dataset.tested} images"
-    card = {
+    return {
         "link": "https://arxiv.org/abs/1904.00887",
         "name": "Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks",
         "authors": "Aamir Mustafa, Salman Khan, Munawar Hayat, Roland Goecke, Jianbing Shen, Ling Shao",
@@ -232,4 +206,3 @@ def model_card(results, target):
         "footnote": f"{target.label}, retrained; sha256 {target.sha256}; {images}.",
         "unreliable": autoattack is not None and lowest < autoattack - 1,
     }
-    return json.dumps(card, indent=2) + "\n"

@@ -14,16 +14,10 @@ import cli
 import data
 import utils
 
+from . import files
 from .outcome import Outcome
-from .registry import ATTACKS
 from .target import Target
-from .trials import Point, Trial
-
-FORMAT = 5  # of the file that a stopped evaluation leaves
-# What may differ between an evaluation and its continuation.
-FREE_ON_RESUME = {
-    *("data_dir", "checkpoints", "source_checkpoint", "results", "resume", "overwrite", "device"),
-}
+from .trials import ATTACKS, Trial
 
 
 @dataclasses.dataclass
@@ -39,7 +33,7 @@ class Results:
     dataset: data.Dataset
     targets: list[Target]
     trials: list[Trial]
-    points: list[Point] = dataclasses.field(default_factory=list)
+    points: list[tuple] = dataclasses.field(default_factory=list)
     checks: dict[str, Trial] = dataclasses.field(default_factory=dict)
     source: Target | None = None
     outcomes: dict[str, dict[str, Outcome]] = dataclasses.field(default_factory=dict)
@@ -47,7 +41,7 @@ class Results:
 
     def pairs(self):
         """Every (target, trial) that there is something to measure of."""
-        every = [*self.trials, *(point.trial for point in self.points), *self.checks.values()]
+        every = [*self.trials, *(point[-1] for point in self.points), *self.checks.values()]
         return [(target, trial) for target in self.targets for trial in every if trial.applies_to(target)]
 
     def of(self, target, trial):
@@ -79,60 +73,57 @@ class Results:
 
     def images_folder(self, target, trial):
         """Where the adversarial images of a trial are kept; None where they are not asked for."""
-        if self.config.save_images is None or trial.key not in ATTACKS:  # nobody asks for those of a curve
+        if self.config.save_images is None or trial.key not in ATTACKS:  # nobody asks for a curve's
             return None
-        file = Path(target.path).name.split(".")[0]
-        return Path(self.config.save_images) / f"{file}-{target.sha256[:8]}" / trial.key
+        return files.images_folder(self.config, target.path, target.sha256, trial.key)
 
     # ------------------------------------------------------------ the file of a stopped evaluation
 
     @property
     def path(self):
-        return Path(f"{self.config.results}.partial")
+        return files.partial(self.config)
 
-    def fingerprint(self):
-        """What must agree for the outcomes of a stopped evaluation to be taken over."""
-        settings = cli.config_dict(self.config)
-        if "autoattack" not in self.config.attacks:  # the one attack whose seed goes by block
-            del settings["batch_size"]
-        return {
-            "format": FORMAT,
-            **{name: value for name, value in settings.items() if name not in FREE_ON_RESUME},
-            "checkpoints": [target.sha256 for target in self.targets],
-            "source_checkpoint": self.source.sha256 if self.source else None,
-            "data": self.dataset.describe(),
-        }
+    def identity(self):
+        source = self.source and self.source.sha256
+        hashes = [target.sha256 for target in self.targets]
+        return files.identity(cli.config_dict(self.config), hashes, source, self.dataset.describe())
 
     def save(self):
         outcomes = {
             sha256: {key: vars(outcome) for key, outcome in trials.items()}
             for sha256, trials in self.outcomes.items()
         }
-        checkpoints.save({"fingerprint": self.fingerprint(), "outcomes": outcomes}, self.path, False)
+        state = {"identity": self.identity(), "outcomes": outcomes}
+        checkpoints.save(state, self.path, False)
         self.saved = time.monotonic()
 
     def resume(self):
-        """Take over the outcomes of a stopped evaluation, if there is one and the config says so.
+        """Take over the outcomes of a stopped evaluation, if the config says so; return whether all is done.
 
-        Raises CheckpointError when it had other settings, FileSystemError when nothing says what to do.
+        Raises CheckpointError when it had other settings, networks or data.
         """
-        if not self.path.exists() or (self.config.overwrite and not self.config.resume):
-            return
         if not self.config.resume:
-            raise utils.FileSystemError(
-                f"{self.path}: a stopped evaluation; --resume goes on with it, --overwrite starts anew"
-            )
+            return False
+        if not self.path.exists():
+            done = files.finished(self.config)
+            if done is not None:
+                self._check(done, self.config.results)
+            return done is not None
         state = checkpoints.load(self.path)
-        before, now = state.get("fingerprint", {}), self.fingerprint()
-        if before != now:
-            names = [name for name in now if before.get(name) != now[name]]
-            raise utils.CheckpointError(
-                f"{self.path}: begun with another {', '.join(names)}; give the old ones, or --overwrite"
-            )
+        self._check(state.get("identity"), self.path)
         for sha256, trials in state["outcomes"].items():
             self.outcomes[sha256] = {key: Outcome(**value) for key, value in trials.items()}
         images = sum(len(outcome) for trials in self.outcomes.values() for outcome in trials.values())
         utils.say(f"resumed {self.path}: {images:,} outcomes are there already")
+        return False
+
+    def _check(self, before, path):
+        now = self.identity()
+        if before != now:
+            names = [name for name in now if (before or {}).get(name) != now[name]]
+            raise utils.CheckpointError(
+                f"{path}: begun with another {', '.join(names)}; give the old ones, or --overwrite"
+            )
 
     def remove(self):
         """Remove the file, once the report is written."""

@@ -72,26 +72,26 @@ def load_target(path, device, classes, predict="softmax"):
         raise CheckpointError(
             f"{path}: a network of {model.num_classes} classes, but the data set has {len(classes)}"
         )
-    kept = {name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state}
+    origin = {
+        name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state
+    }
     fast = folded(model).network.to(memory_format=torch.channels_last)
-    target = Target(_label(path, kept), read.sha256, model, fast, str(path), model.depth, prototypes, kept)
+    label = _label(path, origin)
+    target = Target(label, read.sha256, model, fast, str(path), model.depth, prototypes, origin)
     if predict == "softmax":
         return target
     if not target.has_pull:
         raise CheckpointError(
             f"{path}: holds no prototypes to predict with; --predict softmax, or a checkpoint of stage 2"
         )
-    return dataclasses.replace(
-        target,
-        model=NearestPrototype(model, prototypes).eval(),
-        folded=NearestPrototype(fast, prototypes).eval(),
-    )
+    model, fast = (NearestPrototype(network, prototypes).eval() for network in (model, fast))
+    return dataclasses.replace(target, model=model, folded=fast)
 
 
-def _label(path, kept):
+def _label(path, origin):
     """What a checkpoint's row is called: by its script and settings, or else by its file."""
-    label = LABELS.get(kept.get("script"), Path(path).name.split(".")[0])
-    settings = kept.get("config", {})
+    label = LABELS.get(origin.get("script"), Path(path).name.split(".")[0])
+    settings = origin.get("config", {})
     if label.startswith("PCL") and settings.get("weight_prox") == settings.get("weight_conprox") == 0:
         return f"No {label}"  # stage 2 as a control, with both terms switched off
     if label.startswith("PCL") and all(settings.get(name) for name in ("shared_prototypes", "separation")):
@@ -119,14 +119,13 @@ def _prototypes(path, criterion, config, model):
         ) from None
     if prototypes is None:
         return None
-    for terms in (prototypes.proximity, prototypes.contrastive):
-        for layer, term in terms.items():
-            wanted = model.num_classes, model.feat_dims.get(layer)
-            if tuple(term.centers.shape) != wanted:
-                raise CheckpointError(
-                    f"{path}: its prototypes of {layer:.20} are {tuple(term.centers.shape)}, the network's "
-                    f"features {wanted}; they are of another network"
-                )
+    for layer, term in (*prototypes.proximity.items(), *prototypes.contrastive.items()):
+        wanted = model.num_classes, model.feat_dims.get(layer)
+        if tuple(term.centers.shape) != wanted:
+            raise CheckpointError(
+                f"{path}: its prototypes of {layer:.20} are {tuple(term.centers.shape)}, the network's "
+                f"features {wanted}; they are of another network"
+            )
     return prototypes
 
 

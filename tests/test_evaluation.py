@@ -1,7 +1,6 @@
 """What evaluation measures, held to plain arithmetic, and what a stop in the middle leaves."""
 
 import dataclasses
-import json
 import os
 import signal
 
@@ -19,7 +18,7 @@ import robustness
 import utils
 from evaluation import report, trials
 from evaluation.autoattack import into_ball
-from evaluation.outcome import per_class, wilson
+from evaluation.outcome import wilson
 from prototype_conformity import PrototypeConformityLoss, from_checkpoint
 from resnet_model import resnet
 
@@ -126,9 +125,8 @@ def test_nan_scores_are_not_right_and_without_attack_no_result_at_all():
         def forward(self, images):
             return torch.full((len(images), 4), torch.nan)
 
-    unchanged = returning(lambda images: images, EPSILON)
-    assert not finish(target_of(Broken()), split_of(8), unchanged).correct.any()
-    with pytest.raises(utils.CheckpointError, match="NaN or infinite"):
+    assert not finish(target_of(Broken()), split_of(8), returning(lambda images: images)).correct.any()
+    with pytest.raises(utils.CheckpointError, match=r"net\.pth\.tar: its class scores .* are not finite"):
         finish(target_of(Broken()), split_of(8), trials.clean())
 
 
@@ -164,18 +162,6 @@ def test_unbounded_attacks_count_for_worst_only_within_epsilon():
     assert torch.equal(results.robust(target), clean.correct)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 64).map(lambda levels: levels / 255), st.integers(0, 2**31))
-def test_bounded_results_always_count_for_worst(epsilon, seed):
-    """However close to the edge of the ball, what an attack within it has fooled is fooled within it."""
-    generator = torch.Generator().manual_seed(seed)
-    push = lambda images: into_ball(  # noqa: E731
-        images + torch.randn(images.shape, generator=generator).sign(), images, epsilon
-    )
-    outcome = finish(target_of(network()), split_of(8, seed), returning(push, epsilon))
-    assert torch.equal(outcome.fooled(epsilon), ~outcome.correct)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 2**31))
 def test_into_ball_is_within_it_exactly(epsilon, seed):
@@ -183,7 +169,7 @@ def test_into_ball_is_within_it_exactly(epsilon, seed):
     images = torch.rand(2, 3, 4, 4, generator=generator)
     found = images + 3 * torch.randn(images.shape, generator=generator)
     near = into_ball(found, images, epsilon)
-    evaluation.check_result(near, images, epsilon)
+    evaluation.check_result(near, images, epsilon)  # so what has fooled the network has fooled it within it
     wanted = found.double().clamp(images.double() - epsilon, images.double() + epsilon).clamp(0, 1)
     assert (near.double() - wanted).abs().max() < 1e-6
 
@@ -350,27 +336,6 @@ def test_stop_and_go_on_gives_the_identical_table(tmp_path):
     assert all(same(whole.of(target, trial), resumed.of(target, trial)) for trial in parts)
 
 
-def test_a_stopped_evaluation_is_neither_lost_nor_mixed_with_another(tmp_path):
-    config = dataclasses.replace(CONFIG, results=str(tmp_path / "r.json"), attacks=())
-    target, split, parts = target_of(network()), split_of(8), [trials.clean()]
-    measured(target, split, parts, config).save()
-
-    def images(**changes):
-        again = results_of(target, split, parts, dataclasses.replace(config, **changes))
-        again.resume()
-        return len(again.of(target, parts[0]))
-
-    with pytest.raises(utils.FileSystemError, match="--resume goes on with it, --overwrite starts anew"):
-        images()
-    with pytest.raises(utils.CheckpointError, match="begun with another epsilon;"):
-        images(resume=True, epsilon=0.2)
-    assert images(overwrite=True) == 0
-    assert images(resume=True) == 8
-    assert images(resume=True, batch_size=7) == 8  # nothing depends on the blocks, but for:
-    with pytest.raises(utils.CheckpointError, match="begun with another attacks, batch_size"):
-        images(resume=True, attacks=("autoattack",))
-
-
 # ---------------------------------------------------------------- numbers of a report
 
 
@@ -386,10 +351,6 @@ def test_wilson_solves_its_equation(images, share):
         assert (correct / images - p) ** 2 == pytest.approx(wanted, abs=1e-9)
 
 
-def test_wilson_of_a_known_case():
-    assert wilson(0, 100) == (pytest.approx(0, abs=1e-9), pytest.approx(3.6995, abs=1e-3))
-
-
 def test_worst_is_the_intersection():
     config = dataclasses.replace(CONFIG, attacks=("fgsm", "noise", "pgd"))
     results = measured(target_of(network(1)), split_of(24), trials.table(config, 4))
@@ -398,15 +359,3 @@ def test_worst_is_the_intersection():
     wanted = [all(values) for values in zip(*masks, strict=True)]
     assert results.robust(target).tolist() == wanted
     assert 0 < sum(wanted) < 24 or not any(masks[3])
-
-
-def test_accuracy_of_each_class():
-    mask, labels = torch.tensor([1, 0, 1, 1, 0]).bool(), torch.tensor([0, 0, 1, 1, 3])
-    assert per_class(mask, labels, CLASSES) == {"a": 50.0, "b": 100.0, "c": None, "d": 0.0}
-
-
-def test_json_has_no_word_for_infinity():
-    """A number beyond float32 ends up as null in JSON, not as a crash after hours of measuring."""
-    dataset = data.Dataset("shapes", CLASSES, None, split_of(2))
-    text = report.to_json(CONFIG, dataset, [], worst=[torch.inf, {"low": torch.nan}, (1.5,)])
-    assert json.loads(text)["worst"] == [None, {"low": None}, [1.5]]

@@ -10,7 +10,7 @@ from torch import nn
 import data
 import evaluation
 import robustness
-from evaluation import checks, findings, report, trials
+from evaluation import checks, report, trials
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -151,20 +151,20 @@ def outcomes(**percents):
 @pytest.mark.parametrize(
     ("check", "good", "bad"),
     [
-        (findings.iterative, {"fgsm": 30, "pgd": 30}, {"fgsm": 30, "pgd": 40}),
-        (findings.converged, {"pgd": 31, "more": 30}, {"pgd": 50, "more": 30}),
-        (findings.noise_is_weak, {"noise": 90, "pgd": 91}, {"noise": 80, "pgd": 90}),
-        (findings.losses_agree, {"pgd": 30, "pgd_margin": 30, "pgd_dlr": 31},
+        (checks.iterative, {"fgsm": 30, "pgd": 30}, {"fgsm": 30, "pgd": 40}),
+        (checks.converged, {"pgd": 31, "more": 30}, {"pgd": 50, "more": 30}),
+        (checks.noise_is_weak, {"noise": 90, "pgd": 91}, {"noise": 80, "pgd": 90}),
+        (checks.losses_agree, {"pgd": 30, "pgd_margin": 30, "pgd_dlr": 31},
          {"pgd": 30, "pgd_margin": 30, "pgd_dlr": 20}),
-        (findings.losses_agree, {"pgd": 30, "pgd_margin": 30}, {"pgd": 30, "pgd_margin": 20}),
-        (findings.far, {"far": 5}, {"far": 11}),
-        (findings.everywhere, {"everywhere": 0}, {"everywhere": 1}),
+        (checks.losses_agree, {"pgd": 30, "pgd_margin": 30}, {"pgd": 30, "pgd_margin": 20}),
+        (checks.far, {"far": 5}, {"far": 11}),
+        (checks.everywhere, {"everywhere": 0}, {"everywhere": 1}),
         (
-            lambda seen: findings.falling(seen, 8 / 255),
+            lambda seen: checks.falling(seen, 8 / 255),
             {"clean": 90, "pgd": 30, "double": 10, "far": 0},
             {"clean": 90, "pgd": 30, "double": 10, "far": 20},
         ),
-        (lambda seen: findings.white_box(seen, "square"), {"clean": 90, "pgd": 30, "square": 60},
+        (lambda seen: checks.white_box(seen, "square"), {"clean": 90, "pgd": 30, "square": 60},
          {"clean": 90, "pgd": 60, "square": 30}),
     ],
 )  # fmt: skip
@@ -210,12 +210,6 @@ def test_checks_look_at_a_balanced_few():
     assert torch.bincount(part.labels).tolist() == [5, 5, 5, 5]
 
 
-def test_finding_is_one_line():
-    finding = findings.deterministic(torch.zeros(2, 3), torch.ones(2, 3))
-    assert finding.status == "FAIL"
-    assert "\n" not in str(finding)
-
-
 # ---------------------------------------------------------------- the short form under a table
 
 
@@ -237,9 +231,8 @@ def warnings(**right):
     target, outcomes = evaluation.Target("net", "0", None, None), {"clean": evaluation.Outcome()}
     names = ["clean", *(name.replace("_", "-") for name in right)]
     for name, count in zip(names, (100, *right.values()), strict=True):
-        outcomes[name] = evaluation.Outcome()
-        values = dict.fromkeys(evaluation.COLUMNS, torch.zeros(100, dtype=torch.bool))
-        outcomes[name].extend(**{**values, "correct": torch.arange(100) < count})
+        columns = dict.fromkeys(evaluation.COLUMNS, torch.zeros(100, dtype=torch.bool))
+        outcomes[name] = evaluation.Outcome({**columns, "correct": torch.arange(100) < count})
     parts = [evaluation.Trial(name, name, 8 / 255) for name in names]
     results = evaluation.Results(CONFIG, None, [target], parts, outcomes={"0": outcomes})
     return [line for line in checks.under_table(results, target) if "WARNING" in line]

@@ -184,7 +184,7 @@ def test_settings_can_be_chosen_without_a_test_image(pipeline, folder, tmp_path)
     start = ("--depth", 8, "--init-from", trained_on_all, "--overwrite")
     for refused in (
         run("pcl_training", *held_out, *start, cwd=tmp_path),
-        run("robustness", *held_out, "--checkpoints", trained_on_all, cwd=tmp_path),
+        run("robustness", *held_out, "--overwrite", "--checkpoints", trained_on_all, cwd=tmp_path),
     ):
         assert refused.returncode == 4 and refused.stderr.count("\n") == 1
         assert "trained with holdout 0" in refused.stderr
