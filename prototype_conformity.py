@@ -1,4 +1,4 @@
-"""The criteria: cross-entropy, and the joint loss with the pull and the push of the PCL on each feature."""
+"""The joint loss: cross-entropy, and the pull and the push of the PCL on each feature."""
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +12,11 @@ from proximity import Proximity
 MEANS_BATCH = 1000  # images at a time when class means are taken
 
 
-class CrossEntropyLoss(nn.Module):
-    """Stage 1's criterion, in the form that `fit` takes: `criterion(outputs, labels) -> (loss, parts)`."""
-
-    terms = ("cross_entropy",)
-
-    def forward(self, outputs, labels):
-        loss = F.cross_entropy(outputs.logits.float(), labels)
-        return loss, {"cross_entropy": loss.detach()}
-
-
 class PrototypeConformityLoss(nn.Module):
     """Cross-entropy + the sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5 and 9).
 
     feat_dims: the supervised features, shallow to deep: fields of the network's outputs, and their widths.
+        Without any it is cross-entropy alone, stage 1's criterion.
     weight_prox, weight_conprox: from 0 up; 0 switches the term off.
     squared, shared, separation: squared distances, the same prototypes for pull and push, and prototypes that
         repel each other. The defaults are as released; `squared=False, shared=True, separation=True` is Eq. 5
@@ -34,7 +25,7 @@ class PrototypeConformityLoss(nn.Module):
     """
 
     def __init__(
-        self, num_classes, feat_dims, weight_prox, weight_conprox, *,
+        self, num_classes, feat_dims, weight_prox=0.0, weight_conprox=0.0, *,
         squared=True, shared=False, separation=False
     ):  # fmt: skip
         super().__init__()

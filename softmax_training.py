@@ -25,6 +25,7 @@ import data
 import training
 import utils
 from cli import Count, Depth, Factor, Milestones, Momentum, NotNegative, Positive, Whole
+from prototype_conformity import PrototypeConformityLoss
 from resnet_model import resnet
 
 
@@ -54,7 +55,7 @@ def main(config: Config) -> None:
         config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
     )
     model = resnet(len(dataset.classes), config.depth, fc_dim=config.fc_dim).to(device)
-    criterion = training.CrossEntropyLoss()
+    criterion = PrototypeConformityLoss(len(dataset.classes), {})  # no feature: cross-entropy alone
     network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}
     optimizer = torch.optim.SGD([network], lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, config.milestones, config.gamma)

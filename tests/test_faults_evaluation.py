@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+import soak
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,6 @@ import evaluation
 import robustness
 import softmax_training
 import utils
-from benchmarks import soak
 from evaluation import report, trials
 from resnet_model import resnet
 
@@ -107,9 +107,6 @@ def test_items_47_and_59_a_stopped_evaluation_is_neither_lost_nor_mixed_with_ano
 
     class Once(utils.StopSignals):
         received = signal.SIGINT
-
-        def __init__(self):
-            pass
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "StopSignals", Once)

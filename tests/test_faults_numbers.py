@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import soak
 import torch
 
 import cli
@@ -10,7 +11,7 @@ import pcl_training
 import softmax_training
 import training
 import utils
-from benchmarks import soak
+from prototype_conformity import PrototypeConformityLoss
 
 TINY = {"limit": 24, "batch_size": 4, "epochs": 2}
 
@@ -47,13 +48,13 @@ def test_item_31_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
     path = tmp_path / "run.pth.tar"
     train(softmax_training, path, epochs=1)
     before = path.read_bytes()
-    forward = training.CrossEntropyLoss.forward
+    forward = PrototypeConformityLoss.forward
 
     def lost(self, outputs, labels):
         loss, parts = forward(self, outputs, labels)
         return loss * float("nan"), parts
 
-    monkeypatch.setattr(training.CrossEntropyLoss, "forward", lost)
+    monkeypatch.setattr(PrototypeConformityLoss, "forward", lost)
     with pytest.raises(utils.DivergenceError, match=r"epoch 2, batch 1: loss nan.*none since the start"):
         train(softmax_training, path, "--resume", epochs=2)
     assert path.read_bytes() == before
@@ -97,7 +98,7 @@ def test_a_run_that_is_well_is_not_warned_of(stage_1, tmp_path, capsys):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2e9])
 def test_a_lost_loss_moves_no_weight_where_few_batches_are_looked_at(value, tmp_path, monkeypatch):
     """As on a GPU: the run ends later, but as if it had at once, and names the batch where it began."""
-    forward, step, weights = training.CrossEntropyLoss.forward, torch.optim.SGD.step, []
+    forward, step, weights = PrototypeConformityLoss.forward, torch.optim.SGD.step, []
 
     def lost_at_6(self, outputs, labels):
         loss, parts = forward(self, outputs, labels)
@@ -107,7 +108,7 @@ def test_a_lost_loss_moves_no_weight_where_few_batches_are_looked_at(value, tmp_
         step(self, *args, **kwargs)
         weights.append(torch.cat([weight.detach().flatten() for weight in self.param_groups[0]["params"]]))
 
-    monkeypatch.setattr(training.CrossEntropyLoss, "forward", lost_at_6)
+    monkeypatch.setattr(PrototypeConformityLoss, "forward", lost_at_6)
     monkeypatch.setattr(torch.optim.SGD, "step", recording)
     monkeypatch.setattr(training.run, "Watch", RareWatch)
     monkeypatch.setattr(training.watch, "LOOK_EVERY", 8)

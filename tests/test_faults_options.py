@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ import pcl_training_adversarial_pgd
 import robustness
 import softmax_training
 import utils
-from benchmarks import soak, throughput
+from benchmarks import throughput
 from utils import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 from commands import run
 
@@ -17,7 +18,6 @@ import data
 import robustness
 import softmax_training
 import utils
-from benchmarks import soak
 from utils import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 import pytest
+import soak
 from commands import evaluation_of, run
 
 import checkpoints
@@ -16,7 +17,6 @@ import pcl_training
 import robustness
 import softmax_training
 import utils
-from benchmarks import soak
 
 TINY = {"limit": 12, "batch_size": 6, "epochs": 1}
 
@@ -186,7 +186,7 @@ def test_item_19_a_finished_run_is_not_written_over(tmp_path):
 def test_a_file_that_is_no_log_is_not_replaced_by_one(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("years of work")
-    with pytest.raises(utils.FileSystemError, match="is no log"):
+    with pytest.raises(utils.FileSystemError, match="exists already"):
         train(tmp_path / "run.pth.tar", log_to=notes)
     assert notes.read_text() == "years of work"
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import data
 import utils
-from prototype_conformity import CrossEntropyLoss, PrototypeConformityLoss
+from prototype_conformity import PrototypeConformityLoss
 from resnet_model import Outputs, resnet
 
 
@@ -18,14 +18,7 @@ def model():
     return resnet(10, 8)
 
 
-def test_stage_1_is_the_joint_loss_without_prototypes():
-    outputs, labels = Outputs(*torch.randn(3, 4, 8), torch.randn(4, 10)), torch.arange(4)
-    criteria = CrossEntropyLoss(), PrototypeConformityLoss(10, {"fc": 8}, 0.0, 0.0)
-    (loss, parts), (other, other_parts) = (criterion(outputs, labels) for criterion in criteria)
-    assert loss == other and parts == other_parts and criteria[0].terms == criteria[1].terms
-
-
-@pytest.mark.parametrize("layers", [("fc",), ("layer2", "layer3", "fc")])
+@pytest.mark.parametrize("layers", [(), ("fc",), ("layer2", "layer3", "fc")])
 @pytest.mark.parametrize(("pull", "push"), [(1.0, 1e-4), (0.0, 1e-4), (0.3, 0.0), (0.0, 0.0)])
 def test_the_joint_loss_is_the_sum_of_its_terms(model, layers, pull, push):
     widths = {layer: model.feat_dims[layer] for layer in layers}

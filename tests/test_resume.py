@@ -1,11 +1,13 @@
 """Stopped anywhere, by whatever, and resumed: the end of a run does not tell (items 15, 21, 22, 24, 46)."""
 
+import contextlib
+import itertools
 import os
-import shutil
 import signal
 import time
 
 import pytest
+import soak
 import torch
 
 import checkpoints
@@ -15,35 +17,30 @@ import pcl_training
 import pcl_training_adversarial_fgsm
 import pcl_training_adversarial_pgd
 import softmax_training
+import training
 import utils
-from benchmarks import soak
 
 SCRIPTS = {
     module.__name__: module
     for module in (
-        softmax_training,
-        pcl_training,
-        pcl_training_adversarial_fgsm,
-        pcl_training_adversarial_pgd,
+        *(softmax_training, pcl_training),
+        *(pcl_training_adversarial_fgsm, pcl_training_adversarial_pgd),
     )
 }
 SIZE = {"limit": 12, "batch_size": 4, "epochs": 2, "eval_every": 2}  # 2 epochs of 3 batches
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def options(script, path, stage_1=None, **more):
-    more = {**SIZE, **more}
-    if script != "softmax_training":
-        more = {"init_from": stage_1, **more}
-    if script.endswith("pgd"):
-        more["num_steps"] = 2
-    return soak.tiny(path, **more)
+    steps = {"num_steps": 2} if script.endswith("pgd") else {}
+    start = {} if script == "softmax_training" else {"init_from": stage_1}
+    return soak.tiny(path, **{**SIZE, **start, **steps, **more})
 
 
-def train(script, *arguments, flags=()):
+def train(script, *arguments):
     """Run a script in this process."""
-    module = SCRIPTS[script]
-    module.main(cli.parse_config(module.Config, [*arguments, *flags]))
+    SCRIPTS[script].main(cli.parse_config(SCRIPTS[script].Config, arguments))
 
 
 @pytest.fixture(scope="module")
@@ -56,87 +53,68 @@ def whole(tmp_path_factory):
     return paths
 
 
-class StopAt:
-    """Instead of signals: asks for a stop when it is looked at for the `count`-th time."""
+class StopAt(contextlib.nullcontext):
+    """Instead of signals: asks for a stop when it is looked at for the `count`-th time, and ever after."""
 
     def __init__(self, count):
-        self.left, self.number = count, None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+        super().__init__(self)
+        self.looks = itertools.count(-count)
 
     @property
     def received(self):
-        if self.number is None:
-            self.left -= 1
-            self.number = signal.SIGTERM if self.left < 0 else None
-        return self.number
+        return signal.SIGTERM if next(self.looks) >= 0 else None
+
+
+def stop(script, *given, looks=0):
+    """Run a script to the stop that it is asked for after so many looks; return what it raises."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(utils.Interrupted) as caught:
+        patch.setattr(utils, "StopSignals", lambda: StopAt(looks))
+        train(script, *given)
+    assert caught.value.exit_status == 143
+    return str(caught.value)
+
+
+def stopped(path, script="softmax_training", batches=4, **more):
+    """Leave the checkpoint of a run that was stopped after so many of its 6 batches."""
+    stop(script, *options(script, path, **more), looks=batches - 1)
+    return path
 
 
 @every_script
-def test_a_run_stopped_after_every_batch_ends_as_one_that_was_not(script, whole, tmp_path, monkeypatch):
+def test_a_run_stopped_after_every_batch_ends_as_one_that_was_not(script, whole, tmp_path):
     """Every batch and every epoch boundary is a place to stop: the run is resumed after each one."""
     path, stops = tmp_path / "run.pth.tar", 0
-    monkeypatch.setattr(utils, "StopSignals", lambda: StopAt(0))
     given = options(script, path, whole["softmax_training"])
     while not (path.exists() and checkpoints.load(path)["finished"]):
-        with pytest.raises(utils.Interrupted) as caught:
-            train(script, *given, flags=["--resume"])
-        assert caught.value.exit_status == 143
+        stop(script, *given, "--resume")
         stops += 1
     assert stops == 6  # after each of 3 batches in 2 epochs
     assert soak.compare(path, whole[script]) == []
 
 
-def stopped_once(script, path, *given):
-    """A run that was stopped in the middle of its first epoch and resumed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "StopSignals", lambda: StopAt(0))
-        with pytest.raises(utils.Interrupted):
-            train(script, *given)
-    train(script, *given, flags=["--resume"])
-    return path
-
-
 def test_two_threads_are_as_exact_as_one(whole, tmp_path, two_threads):
     """As long as there are two throughout; batches large enough for both threads to have work."""
-    script, paths = "pcl_training_adversarial_fgsm", [tmp_path / name for name in ("whole", "stopped")]
-    size = {"limit": 24, "batch_size": 12, "epochs": 1, "precision": "bfloat16"}
+    script, paths = "pcl_training", [tmp_path / name for name in ("whole", "stopped")]
+    size = {"limit": 16, "batch_size": 8, "epochs": 1, "precision": "bfloat16"}
     given = [options(script, path / "run.pth.tar", whole["softmax_training"], **size) for path in paths]
     train(script, *given[0])
-    stopped_once(script, paths[1], *given[1])
+    stop(script, *given[1])
+    train(script, *given[1], "--resume")
     assert soak.compare(*(path / "run.pth.tar" for path in paths)) == []
 
 
-def test_a_compiled_run_learns_the_same_and_resumes_as_exactly(whole, tmp_path, monkeypatch):
-    """All that torch.compile does but for generating code, which takes minutes."""
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, mode, dynamic: real(f, backend="aot_eager", dynamic=dynamic)
-    )
-    script, paths = (
-        "pcl_training_adversarial_fgsm",
-        [tmp_path / n / "run.pth.tar" for n in ("whole", "stopped")],
-    )
+@pytest.mark.timeout(900)  # of the real compiler, the first time on a machine
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
+def test_a_compiled_run_learns_the_same_and_resumes_as_exactly(backend, whole, tmp_path, monkeypatch):
+    real, paths = torch.compile, [tmp_path / name / "run.pth.tar" for name in ("whole", "stopped")]
+    monkeypatch.setattr(torch, "compile", lambda f, mode, dynamic: real(f, backend=backend, dynamic=dynamic))
+    script = "pcl_training"
     given = [[*options(script, path, whole["softmax_training"]), "--compile", "on"] for path in paths]
     train(script, *given[0])
-    stopped_once(script, paths[1], *given[1])
+    stop(script, *given[1])
+    train(script, *given[1], "--resume")
     assert soak.compare(*paths) == []
     assert losses(paths[0]) == pytest.approx(losses(whole[script]), rel=1e-3)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.timeout(600)  # the first time on a machine, most of it in the compiler
-def test_a_run_through_the_real_compiler_learns_the_same(tmp_path):
-    """Two epochs of one batch, so that the second loss tells of the first step."""
-    paths = [tmp_path / name / "run.pth.tar" for name in ("plain", "compiled")]
-    for path, compiled in zip(paths, ("off", "on"), strict=True):
-        given = options("softmax_training", path, limit=4, eval_every=9, compile=compiled)
-        train("softmax_training", *given)
-    assert losses(paths[1]) == pytest.approx(losses(paths[0]), rel=1e-3)
 
 
 def losses(path):
@@ -160,7 +138,7 @@ def test_items_21_22_and_24_a_real_signal_to_a_real_process(signum, whole, tmp_p
     straight = tmp_path / "straight" / "run.pth.tar"
     changed = ("--epochs", str(epochs), "--eval-every", "1000000")
     train(script, *options(script, straight, whole["softmax_training"]), *changed)
-    train(script, *given, *changed[:2], "--eval-every", "1000000", flags=["--resume"])
+    train(script, *given, *changed[:2], "--eval-every", "1000000", "--resume")
     assert soak.compare(path, straight) == []
 
 
@@ -204,7 +182,7 @@ def test_a_run_under_way_is_not_joined_by_a_second_process(flags, tmp_path):
     soak.finish(first)
     lines = [line.split("images/s")[0] for line in path.with_name("run.log").read_text().splitlines()]
     assert len(lines) == len(set(lines))  # no epoch twice, nothing begun anew
-    train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=flags[:1])
+    train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags[0])
 
 
 def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_path):
@@ -219,15 +197,13 @@ def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_pa
         process.kill()
         assert soak.finish(process) == -signal.SIGKILL
         assert checkpoints.load_newest(path)["script"] == "softmax_training"
-    train("softmax_training", *options("softmax_training", path), "--epochs", "1", flags=["--resume"])
+    train("softmax_training", *options("softmax_training", path), "--epochs", "1", "--resume")
     assert not list(tmp_path.glob("*.tmp"))  # item 18: whatever was left behind is gone
 
 
-def test_a_stop_in_the_last_epoch_still_tells_its_status(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "StopSignals", lambda: StopAt(6))
-    with pytest.raises(utils.Interrupted, match="finished") as caught:
-        train("softmax_training", *options("softmax_training", tmp_path / "run.pth.tar"))
-    assert caught.value.exit_status == 143
+def test_a_stop_in_the_last_epoch_still_tells_its_status(tmp_path):
+    given = options("softmax_training", tmp_path / "run.pth.tar")
+    assert "is finished" in stop("softmax_training", *given, looks=6)
 
 
 def test_max_minutes_saves_says_how_to_go_on_and_succeeds(whole, tmp_path):
@@ -256,12 +232,12 @@ def test_a_period_in_minutes_saves_in_the_middle_of_an_epoch(minutes, batches, t
 def test_resume_with_nothing_there_begins_and_a_finished_run_is_left_alone(whole, tmp_path, capsys):
     path = tmp_path / "run.pth.tar"
     given = options("softmax_training", path)
-    train("softmax_training", *given, flags=["--resume"])
+    train("softmax_training", *given, "--resume")
     assert soak.compare(path, whole["softmax_training"]) == []
     before = path.read_bytes()
-    train("softmax_training", *given, flags=["--resume"])
+    train("softmax_training", *given, "--resume")
     assert path.read_bytes() == before and "finished already" in capsys.readouterr().out
-    train("softmax_training", *given, "--epochs", "3", flags=["--resume"])
+    train("softmax_training", *given, "--epochs", "3", "--resume")
     state = checkpoints.load(path)
     assert state["epoch"] == 3 and len(state["history"]) == 3
 
@@ -279,15 +255,6 @@ def test_item_24_killed_right_after_its_end_a_run_is_tidied_up_by_the_next(tmp_p
     assert previous.read_bytes() == content
 
 
-def stopped(path, script="softmax_training", batches=4, **more):
-    """Leave the checkpoint of a run that was stopped after so many of its 6 batches."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "StopSignals", lambda: StopAt(batches - 1))
-        with pytest.raises(utils.Interrupted):
-            train(script, *options(script, path, **more))
-    return path
-
-
 def test_item_15_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
     path = stopped(tmp_path / "run.pth.tar")
     content = bytearray(path.read_bytes())
@@ -298,7 +265,7 @@ def test_item_15_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(whole, 
     checkpoints.save(checkpoints.load(previous), path)
     assert previous.read_bytes() == good  # a corrupt one does not push it out
     path.write_bytes(content)
-    train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+    train("softmax_training", *options("softmax_training", path), "--resume")
     said = capsys.readouterr().out
     assert "warning: " in said and f"going on from {path}.previous" in said
     assert soak.compare(path, whole["softmax_training"]) == []
@@ -306,10 +273,7 @@ def test_item_15_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(whole, 
 
 def test_a_run_that_starts_anew_never_falls_back_to_the_old_one(tmp_path):
     path = stopped(tmp_path / "run.pth.tar", seed=7)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "StopSignals", lambda: StopAt(0))
-        with pytest.raises(utils.Interrupted):
-            train("softmax_training", *options("softmax_training", path), "--overwrite")
+    stop("softmax_training", *options("softmax_training", path), "--overwrite")
     assert not checkpoints.previous_of(path).exists() and checkpoints.load(path)["config"]["seed"] == 0
 
 
@@ -329,15 +293,15 @@ def test_item_46_what_identifies_a_run_cannot_change(changed, said, tmp_path):
     path = stopped(tmp_path / "run.pth.tar")
     before = path.read_bytes()
     with pytest.raises(utils.CheckpointError, match=said):
-        train("softmax_training", *options("softmax_training", path, **changed), flags=["--resume"])
+        train("softmax_training", *options("softmax_training", path, **changed), "--resume")
     assert path.read_bytes() == before
 
 
 def test_item_46_what_may_change_is_told_and_the_run_of_another_script_refused(whole, tmp_path, capsys):
     path = stopped(tmp_path / "run.pth.tar")
     with pytest.raises(utils.CheckpointError, match=r"made by softmax_training\.py"):
-        train("pcl_training", *options("pcl_training", path, whole["softmax_training"]), flags=["--resume"])
-    train("softmax_training", *options("softmax_training", path), "--eval-every", "1", flags=["--resume"])
+        train("pcl_training", *options("pcl_training", path, whole["softmax_training"]), "--resume")
+    train("softmax_training", *options("softmax_training", path), "--eval-every", "1", "--resume")
     assert "resumed with another eval_every 2 -> 1" in capsys.readouterr().out
 
 
@@ -352,7 +316,20 @@ def test_other_images_or_labels_are_refused(part, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "load", changed)
     with pytest.raises(utils.CheckpointError, match="trained on"):
-        train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+        train("softmax_training", *options("softmax_training", path), "--resume")
+
+
+def test_item_53_a_run_of_older_code_is_resumed_where_its_images_are_as_many(whole, tmp_path, capsys):
+    path = stopped(tmp_path / "run.pth.tar")
+    state = checkpoints.load(path)
+    older = {"name": "synthetic", "train": [12, 345, 67], "test": [12, 345, 67]}
+    checkpoints.save({**state, "data": {**older, "test": [13, 345, 67]}}, path)
+    with pytest.raises(utils.CheckpointError, match="trained on"):
+        train("softmax_training", *options("softmax_training", path), "--resume")
+    checkpoints.save({**state, "data": older}, path)
+    train("softmax_training", *options("softmax_training", path), "--resume")
+    assert "its images are compared by their number alone" in capsys.readouterr().out
+    assert soak.compare(path, whole["softmax_training"]) == []
 
 
 @pytest.mark.parametrize("lacking", ["state_dict", "history", "sums", "epoch", "config", "data", "scheduler"])
@@ -362,14 +339,82 @@ def test_a_checkpoint_without_a_part_is_refused(lacking, tmp_path):
     torch.save({k: v for k, v in state.items() if k != lacking}, path)
     checkpoints.previous_of(path).unlink(missing_ok=True)
     with pytest.raises(utils.CheckpointError, match=lacking):
-        train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+        train("softmax_training", *options("softmax_training", path), "--resume")
 
 
-def test_the_log_of_a_killed_run_has_each_epoch_once(whole, tmp_path):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_log_of_a_killed_run_has_each_epoch_once(ahead, whole, tmp_path):
     """Killed between the save and the line: the line comes from the checkpoint. After the line: it goes."""
     path = stopped(tmp_path / "run.pth.tar")
     log = path.with_name("run.log")
     lines = log.read_text().splitlines()
-    log.write_text("\n".join([*lines[:-2], "    9    of work that was lost   99 images/s"]))
-    train("softmax_training", *options("softmax_training", path), flags=["--resume"])
+    log.write_text("\n".join([*lines, "  9  of lost work  99 images/s"] if ahead else lines[:-2]))
+    train("softmax_training", *options("softmax_training", path), "--resume")
     assert soak.compare(path, whole["softmax_training"]) == []
+
+
+# ---------------------------------------------------------------- other people's files (item 57)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.log", "years of work\n"),
+        ("run.log", "softmax_training: another run\n    1  2.3  99 images/s  0:00:01 left\n"),
+        ("run.csv", "years,of,work\n"),
+        ("run.csv", "training,sha256,attack,accuracy\n"),
+    ],
+)
+def test_item_57_a_log_or_metrics_of_another_are_left_alone(name, content, tmp_path):
+    path, file = tmp_path / "run.pth.tar", tmp_path / name
+    file.write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.loop, "train_epoch", lambda *_: pytest.fail("it trained"))
+        with pytest.raises(utils.FileSystemError, match=f"{name}: exists already; it is not of this run"):
+            train("softmax_training", *options("softmax_training", path))
+    assert file.read_text() == content and not path.exists()
+    file.unlink()
+    before = stopped(path).read_bytes()
+    file.write_text(content)
+    with pytest.raises(utils.FileSystemError, match=f"{name}: exists already"):
+        train("softmax_training", *options("softmax_training", path), "--resume")
+    assert file.read_text() == content and path.read_bytes() == before
+    train("softmax_training", *options("softmax_training", path), "--resume", "--overwrite")
+    assert file.read_text() != content and checkpoints.load(path)["finished"]
+
+
+def test_item_57_two_runs_do_not_share_a_log(tmp_path):
+    train("softmax_training", *options("softmax_training", tmp_path / "m.pth", epochs=1))
+    log, metrics = ((tmp_path / name).read_bytes() for name in ("m.log", "m.csv"))
+    with pytest.raises(utils.FileSystemError, match="exists already"):
+        train("softmax_training", *options("softmax_training", tmp_path / "m.pth.tar"))
+    other = stopped(tmp_path / "other.pth.tar")
+    with pytest.raises(utils.FileSystemError, match="exists already"):
+        given = options("softmax_training", other, log_to=tmp_path / "m.log")
+        train("softmax_training", *given, "--resume")
+    assert (tmp_path / "m.log").read_bytes() == log and (tmp_path / "m.csv").read_bytes() == metrics
+
+
+def test_item_57_the_log_of_a_run_killed_before_its_first_save_is_its_own(tmp_path):
+    given = options("softmax_training", tmp_path / "run.pth.tar")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(checkpoints, "save", lambda *_, **__: 1 / 0)
+        train("softmax_training", *given)
+    train("softmax_training", *given, "--resume")
+    assert (tmp_path / "run.log").read_text().count("softmax_training: ") == 1
+
+
+@pytest.mark.parametrize("log", ["run.pth.tar", "run.csv", "x/../run.pth.tar", "run.pth.tar.previous"])
+def test_item_57_checkpoint_log_and_metrics_are_three_files(log, tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(utils.UsageError, match="have names of their own"):
+        given = options("softmax_training", tmp_path / "run.pth.tar", log_to=tmp_path / log)
+        train("softmax_training", *given)
+
+
+def test_item_57_a_pipe_is_no_log(tmp_path):
+    os.mkfifo(tmp_path / "run.log")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(utils.FileSystemError, match=r"run\.log"):
+            train("softmax_training", *options("softmax_training", tmp_path / "run.pth.tar"), *flags)
+    assert (tmp_path / "run.log").is_fifo()

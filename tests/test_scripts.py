@@ -144,8 +144,7 @@ def test_weights_in_the_authors_format_are_measured(pipeline, folder, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_a_status(tmp_path, script, options, status, said):
-    begin = run_process if script == "pcl_training" else run
-    done = begin(script, *options, cwd=tmp_path)
+    done = run(script, *options, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     for words in said:
@@ -155,18 +154,11 @@ def test_bad_input_is_one_line_and_a_status(tmp_path, script, options, status, s
 def test_stage_2_refuses_a_network_of_another_depth_or_class_count(pipeline, folder, tmp_path):
     cwd, _ = pipeline
     data = ("--dataset", "folder", "--data-dir", folder, "--epochs", 1)
-    done = run(
-        "pcl_training",
-        *data,
-        "--depth",
-        14,
-        "--init-from",
-        cwd / CHECKPOINTS["softmax_training"],
-        cwd=tmp_path,
-    )
+    start = ("--init-from", cwd / CHECKPOINTS["softmax_training"])
+    done = run("pcl_training", *data, "--depth", 14, *start, cwd=tmp_path)
     assert done.returncode == 4 and "depth 8, not 14" in done.stderr and done.stderr.count("\n") == 1
     synthetic = ("--dataset", "synthetic", "--limit", 100, "--depth", 8, "--epochs", 1)
-    done = run("pcl_training", *synthetic, "--init-from", cwd / CHECKPOINTS["softmax_training"], cwd=tmp_path)
+    done = run("pcl_training", *synthetic, *start, cwd=tmp_path)
     assert done.returncode == 4 and "num_classes 2, not 10" in done.stderr
 
 

@@ -5,6 +5,7 @@ import csv
 import functools
 
 import pytest
+import soak
 import torch
 import torch.nn.functional as F
 
@@ -15,10 +16,9 @@ import pcl_training_adversarial_fgsm
 import softmax_training
 import training
 import utils
-from benchmarks import soak
+from prototype_conformity import PrototypeConformityLoss
 from resnet_model import resnet
 from training import compiling
-from training.run import clock
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_an_adversary_doubles_the_batch_and_sees_the_network_as_it_stands(datase
         seen.append((images.clone(), labels, torch.rand(1, generator=generator).item()))
         return 1 - images
 
-    class Recording(training.CrossEntropyLoss):
+    class Recording(PrototypeConformityLoss):
         def forward(self, outputs, labels):
             batches[-1] += (labels,)
             return super().forward(outputs, labels)
@@ -95,7 +95,7 @@ def test_an_adversary_doubles_the_batch_and_sees_the_network_as_it_stands(datase
     split = dataset.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.loop, "accuracy", lambda model, split: 0.0)
-        training.fit(config, dataset, model, Recording(), optimizer, scheduler, adversary)
+        training.fit(config, dataset, model, Recording(10, {}), optimizer, scheduler, adversary)
     assert len(seen) == len(batches) == 8 and sum(len(labels) for _, labels, _ in seen) == 2 * len(split)
     assert len({draw for *_, draw in seen}) == 8  # each batch draws for itself
     for (clean, labels, _), (both, twice) in zip(seen, batches, strict=True):
@@ -147,12 +147,6 @@ def test_the_schedule_the_metrics_and_the_log(flags, rates, tmp_path):
 def test_a_warm_up_factor_outside_its_range_is_refused(factor):
     with pytest.raises(utils.UsageError, match=r"--warmup-factor .*lies in \(0, 1\]"):
         cli.parse_config(softmax_training.Config, ["--warmup-factor", factor])
-
-
-@pytest.mark.parametrize("seconds", [0, 59, 60, 3599, 3600, 100 * 3600 + 61])
-def test_the_clock_by_hand(seconds):
-    hours, minutes, rest = clock(seconds).split(":")
-    assert 3600 * int(hours) + 60 * int(minutes) + int(rest) == seconds and len(minutes) == len(rest) == 2
 
 
 # ---------------------------------------------------------------- compiling

@@ -2,8 +2,6 @@
 
 # ruff: noqa: F401  # the imported names are the package's own
 
-from prototype_conformity import CrossEntropyLoss, PrototypeConformityLoss
-
 from .config import RunConfig
 from .loop import accuracy, fit, make_attack, make_forward, train_epoch
 from .run import Run

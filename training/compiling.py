@@ -13,9 +13,9 @@ def compile_if_asked(function, config, device):
         return function
     # On a GPU this mode also replays whole passes as CUDA graphs.
     compiled = torch.compile(function, mode="reduce-overhead", dynamic=False)
-    full = (config.batch_size, 2 * config.batch_size)
 
     def on_full_batches(images, *others):
-        return (compiled if len(images) in full else function)(images, *others)
+        full = len(images) in (config.batch_size, 2 * config.batch_size)
+        return (compiled if full else function)(images, *others)
 
     return on_full_batches

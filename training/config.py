@@ -1,5 +1,6 @@
 """What every training script can be told of a run, besides its recipe."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,5 +51,6 @@ class RunConfig:
         log = self.log_path
         if not log.name:
             raise UsageError(f"--log-to {self.log_to}: names no file")
-        if len({log, self.metrics_path, Path(self.save_to)}) < 3:
+        outputs = (log, self.metrics_path, self.save_to, checkpoints.previous_of(self.save_to))
+        if len(set(map(os.path.realpath, outputs))) < len(outputs):
             raise UsageError(f"--log-to {log}: the checkpoint and the metrics (.csv) have names of their own")

@@ -1,5 +1,7 @@
 """What a run is, and whether a checkpoint is of the same run."""
 
+import torch
+
 import checkpoints
 import cli
 from utils import CheckpointError
@@ -7,9 +9,9 @@ from utils import CheckpointError
 NETWORK = ("depth", "num_classes", "aux_dim", "fc_dim")  # what a checkpoint says of its network
 FREE_ON_RESUME = {  # settings that may differ between a run and its continuation
     *("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite"),
-    *("epochs", "eval_every", "device", "compile", "save_every_minutes", "max_minutes"),
+    *("epochs", "eval_every", "device", "threads", "compile", "save_every_minutes", "max_minutes"),
 }
-MISSING = {"warmup": 0}  # settings of runs that began before the option was there
+MACHINE = ("precision", "threads")  # what a run was given, whatever was asked for
 EACH_TIME = ("resume", "overwrite", "max_minutes")  # not worth a word when they differ
 
 
@@ -22,6 +24,7 @@ def identity_of(config, dataset, model, precision):
         "data": dataset.describe(),
         "config": cli.config_dict(config),
         "precision": precision,
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -33,9 +36,12 @@ def check_identity(state, run, path):
     if state["script"] != run["script"]:
         raise CheckpointError(f"{path}: made by {state['script']}.py; name another --save-to")
     checkpoints.check_classes(state, path, run["classes"])
-    if state["data"] != run["data"]:
-        raise CheckpointError(f"{path}: trained on {state['data']}, not {run['data']}; give the same data")
-    before, now = ({**MISSING, **one["config"], "precision": one["precision"]} for one in (state, run))
+    there, here = state["data"], run["data"]
+    if older := len(there["train"]) > len(here["train"]):  # by code that kept sums of pixels, not a SHA-256
+        there, here = ({"name": d["name"], "images": (d["train"][0], d["test"][0])} for d in (there, here))
+    if there != here:
+        raise CheckpointError(f"{path}: trained on {there}, not {here}; give the same data")
+    before, now = ({**one["config"], **{n: one[n] for n in MACHINE if n in one}} for one in (state, run))
     names = [name for name in now if name in before and now[name] != before[name]]
     differing = {name: f"{name} {before[name]} -> {now[name]}" for name in names}
     fixed = [words for name, words in differing.items() if name not in FREE_ON_RESUME]
@@ -44,4 +50,5 @@ def check_identity(state, run, path):
             f"{path}: begun with other settings ({', '.join(fixed)}); resume with the old ones, or name "
             "another --save-to"
         )
-    return [f"resumed with another {words}" for name, words in differing.items() if name not in EACH_TIME]
+    words = [f"resumed with another {words}" for name, words in differing.items() if name not in EACH_TIME]
+    return words + ["begun by older code: its images are compared by their number alone"] * older

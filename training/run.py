@@ -1,8 +1,9 @@
 """A run: where it stands, and how that is saved, resumed and logged."""
 
-import dataclasses
+import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -10,13 +11,10 @@ import torch
 import checkpoints
 import data
 import utils
-from utils import CheckpointError, FileSystemError
+from utils import CheckpointError
 
 from .identity import check_identity, identity_of
 from .watch import Watch
-
-WIDTHS = {"epoch": 5, "cross_entropy": 13, "contrastive": 11, "train_accuracy": 14, "test_accuracy": 13}
-OTHER_WIDTH = 9  # of a column of the log
 
 
 @dataclass
@@ -27,9 +25,7 @@ class Progress:
     batch: int = 0  # batches of the present epoch that are done
     history: list = field(default_factory=list)  # the metrics: a row per epoch
     log: list = field(default_factory=list)  # the lines of the log
-    sums: dict = field(
-        default_factory=dict
-    )  # loss terms and right answers, added up over this epoch's images
+    sums: dict = field(default_factory=dict)  # of loss terms and right answers over this epoch's images
     images: int = 0  # of this epoch so far, adversarial ones too
 
     @property
@@ -42,10 +38,6 @@ class Progress:
         for name, total in {**totals, "correct": correct.double()}.items():
             self.sums[name] = self.sums.get(name, 0) + total
         self.images += images
-
-    def end_epoch(self, row):
-        self.history.append(row)
-        self.epoch, self.batch, self.sums, self.images = self.epoch + 1, 0, {}, 0
 
 
 class Run:
@@ -74,43 +66,54 @@ class Run:
     def finished(self):
         return self.progress.epoch >= self.config.epochs
 
-    # ------------------------------------------------ opening and resuming
-
     def open(self):
-        """Prove that outputs can be written, resume if asked; return False when nothing is left to do."""
-        config, path = self.config, Path(self.config.save_to)
-        for output in (path, config.log_path, config.metrics_path):
-            utils.prepare_output(output)
-        if config.resumes:
-            self.resume(path)
-        elif checkpoints.exists(path) and not config.overwrite:
-            raise FileSystemError(
-                f"{path}: exists; --resume goes on with it, --overwrite starts anew, --save-to names another"
-            )
-        else:
-            self.start_log()
+        """Claim the outputs, resume if asked; return False when nothing is left to do."""
+        config, path, resumes = self.config, Path(self.config.save_to), self.config.resumes
+        told = self.resume(path) if resumes else self.headlines()
+        remedy = "it is not of this run: name another, or add --overwrite"
+        if checkpoints.exists(path) and not resumes:
+            remedy = "--resume goes on with it, --overwrite starts anew, --save-to names another"
+        outputs = (path, checkpoints.previous_of(path), config.log_path, config.metrics_path)
+        utils.claim(outputs, self.may_replace, remedy)
+        # What a killed run logged after its last save is done again.
+        utils.write_text(config.log_path, self.log_text())
+        for line in told:
+            self.say(line)
         if self.finished:
             checkpoints.drop_previous(path)  # there still where the run was killed right after its end
             done = self.progress.epoch
             self.say(f"{path} is finished already ({done} epochs); a larger --epochs goes on")
         return not self.finished
 
-    def start_log(self):
-        """Begin a new log with its headline; FileSystemError when that would lose a file that is no log."""
-        path, script, dataset = self.config.log_path, self.identity["script"], self.dataset
-        if path.exists() and not path.read_bytes().startswith(f"{script}: ".encode()):
-            raise FileSystemError(f"{path}: exists and is no log of {script}.py; name another --log-to")
-        path.unlink(missing_ok=True)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.say(
-            f"{script}: depth {self.model.depth}, {parameters:,} parameters, {self.identity['precision']} on "
-            f"{self.device}; {len(dataset.train):,} training and {len(dataset.test):,} {dataset.tested} "
-            f"images of {dataset.name}; seed {self.config.seed}"
+    def may_replace(self, path):
+        """Whether a file is this run's own: nothing is lost in it that its checkpoint has not.
+
+        The log and the metrics of a run say what its checkpoint says, as far as both go. Killed before its
+        first save, it left a log without an epoch.
+        """
+        texts = {self.config.log_path: self.log_text(), self.config.metrics_path: self.metrics_text()}
+        if self.config.overwrite or path not in texts or not path.is_file():
+            return path.is_file() and (self.config.overwrite or self.has_checkpoint)
+        there, here = path.read_bytes(), texts[path].encode("utf-8", "replace")
+        if self.has_checkpoint:
+            return there.startswith(here) or here.startswith(there)
+        return b"images/s" not in there and there.startswith(f"{self.identity['script']}: ".encode())
+
+    def headlines(self):
+        """The first lines of a log: what is trained on what, and the columns."""
+        dataset, parameters = self.dataset, sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{self.identity['script']}: depth {self.model.depth}, {parameters:,} parameters, "
+            f"{self.identity['precision']} on {self.device}; {len(dataset.train):,} training and "
+            f"{len(dataset.test):,} {dataset.tested} images of {dataset.name}; seed {self.config.seed}",
+            "  ".join(name.rjust(9) for name in self.columns),
         )
-        self.say(aligned({name: name for name in self.columns}))
 
     def resume(self, path):
-        """Go on from the checkpoint at `path`; CheckpointError when it is not of this run."""
+        """Go on from the checkpoint at `path`; return what there is to say of it.
+
+        Raises CheckpointError when it is not of this run.
+        """
         warnings = []
         state = checkpoints.load_newest(path, warn=warnings.append)
         if "optimizer" not in state or "criterion" not in state:
@@ -120,29 +123,19 @@ class Run:
             )
         try:
             differing = check_identity(state, self.identity, path)
-            self.restore(state, path)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            checkpoints.check_finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+            self.progress.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:150]
             raise CheckpointError(
                 f"{path}: does not fit this run ({type(error).__name__}: {reason}); use another copy, or "
                 "--overwrite starts anew"
             ) from None
-        # What a killed run logged after its last save is done again.
-        utils.write_text(self.config.log_path, "".join(f"{line}\n" for line in self.progress.log))
-        self.write_metrics()
-        for line in (*differing, *warnings, f"resumed {path} at {self.progress.place}"):
-            self.say(line)
-
-    def restore(self, state, path):
-        """Take over everything that `state` holds."""
-        checkpoints.check_finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
-        self.progress.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.has_checkpoint = True
-
-    # ------------------------------------------------ logging and saving
+        return [*differing, *warnings, f"resumed {path} at {self.progress.place}"]
 
     def say(self, line):
         """Print a line, and log it."""
@@ -163,31 +156,29 @@ class Run:
         config, progress = self.config, self.progress
         seconds = max(time.monotonic() - self.epoch_began[0], 1e-9)
         batches = self.batches - self.epoch_began[1]
-        means = {name: value.item() / progress.images for name, value in progress.sums.items()}
-        row = means | {"epoch": progress.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= {"train_accuracy": 100 * means["correct"], "test_accuracy": test_accuracy}
+        row = {name: value.item() / progress.images for name, value in progress.sums.items()}
+        row |= {"train_accuracy": 100 * row["correct"], "test_accuracy": test_accuracy}
+        row |= {"epoch": progress.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         self.scheduler.step()
-        progress.end_epoch({name: row[name] for name in self.columns})
-        left = seconds / batches * self.batches * (config.epochs - progress.epoch)
-        speed = f"{batches * config.batch_size / seconds:7.0f} images/s  {clock(left)} left"
-        progress.log.append(f"{aligned(progress.history[-1])}  {speed}")
+        progress.history.append({name: row[name] for name in self.columns})
+        progress.epoch, progress.batch, progress.sums, progress.images = progress.epoch + 1, 0, {}, 0
+        left = timedelta(seconds=int(seconds / batches * self.batches * (config.epochs - progress.epoch)))
+        cells = "  ".join(shown(name, row[name]) for name in self.columns)
+        progress.log.append(f"{cells}  {batches * config.batch_size / seconds:7.0f} images/s  {left} left")
         self.save()  # the line with it: killed before the line is written, a resumed run writes it
         utils.say(progress.log[-1], config.log_path)
 
     def save_or_leave(self, stop):
         """Save when it is time to; when a signal or --max-minutes asks for a stop, save and leave."""
-        config, progress = self.config, self.progress
-        if (stop.received or passed(config.max_minutes, self.began)) and not self.finished:
+        config, progress, now = self.config, self.progress, time.monotonic()
+        if (stop.received or now - self.began > 60 * (config.max_minutes or math.inf)) and not self.finished:
             message = f"stopped at {progress.place}; saved to {config.save_to}, --resume goes on"
             progress.log.append(message)
             self.save()
-            utils.note(message, config.log_path)
-            if not stop.received:
-                utils.say(message)
+            (utils.note if stop.received else utils.say)(message, config.log_path)
             raise utils.Interrupted(stop.received, message)
-        if (
-            passed(config.save_every_minutes, self.saved) and progress.batch
-        ):  # an ended epoch is saved already
+        # An ended epoch is saved already.
+        if progress.batch and now - self.saved > 60 * (config.save_every_minutes or math.inf):
             self.save()
 
     def save(self):
@@ -198,29 +189,16 @@ class Run:
         keep_previous = self.has_checkpoint and not self.finished
         checkpoints.save(state, self.config.save_to, keep_previous=keep_previous)
         self.has_checkpoint, self.saved = True, time.monotonic()
-        self.write_metrics()
+        utils.write_text(self.config.metrics_path, self.metrics_text())
 
-    def write_metrics(self):
-        utils.write_text(self.config.metrics_path, utils.csv_text(self.columns, self.progress.history))
+    def metrics_text(self):
+        return utils.csv_text(self.columns, self.progress.history)
 
-
-def passed(minutes, since):
-    """Whether so many minutes (None: never) have passed since a moment of `time.monotonic`."""
-    return minutes is not None and time.monotonic() - since > 60 * minutes
+    def log_text(self):
+        return "".join(f"{line}\n" for line in self.progress.log)
 
 
-def aligned(row):
-    """A line of the log: an epoch's metrics, or their names above them."""
-    cells = []
-    for name, value in row.items():
-        if not isinstance(value, str):
-            digits = ".2f" if name.endswith("accuracy") else ".5g"
-            value = "-" if value is None else f"{value:{digits}}"
-        cells.append(f"{value:>{WIDTHS.get(name, OTHER_WIDTH)}}")
-    return "  ".join(cells)
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+def shown(name, value):
+    """A metric as the log shows it, as wide as its name above it."""
+    text = "-" if value is None else f"{value:.2f}" if name.endswith("accuracy") else f"{value:.5g}"
+    return text.rjust(max(9, len(name)))

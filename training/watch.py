@@ -49,7 +49,8 @@ class Watch:
 
     def divergence(self):
         """The error that tells the first lost batch of the recent ones, and the last good ones before it."""
-        lost = next((i for i, (terms, *_) in enumerate(self.recent) if is_lost(terms)), len(self.recent))
+        good = [all(abs(term.item()) <= RUNAWAY_STOP for term in terms.values()) for terms, *_ in self.recent]
+        lost = [*good, False].index(False)
         recent = [in_words(*entry) for entry in self.recent]
         what = (*recent[lost : lost + 1], "a weight or a loss is NaN or Inf")[0]
         before = " | ".join(recent[max(0, lost - LAST_GOOD) : lost]) or "none since the start"
@@ -57,10 +58,6 @@ class Watch:
             f"diverged: {what}; the last good batches: {before}; lower --lr or the loss weights; "
             f"{self.save_to} is as it was last saved"
         )
-
-
-def is_lost(terms):
-    return any(not abs(value.item()) <= RUNAWAY_STOP for value in terms.values())
 
 
 def in_words(terms, epoch, batch):
