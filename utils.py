@@ -270,22 +270,6 @@ def claim(outputs, may_replace, remedy):
             raise FileSystemError(f"{path}: exists already; {remedy}")
 
 
-def claim(outputs, may_replace, remedy):
-    """Prove, before any work, that a run can write all its `outputs` and replaces no file of anybody else's.
-
-    `may_replace(path)` says of a file that is there whether it is this run's own, or the user gave it up;
-    `remedy` says what to do where it is not. Raises FileSystemError, also where two outputs are one file.
-    """
-    outputs = [Path(path) for path in outputs]
-    for path in outputs:
-        prepare_output(path)
-    for path in outputs:
-        if sum(path.resolve() == other.resolve() for other in outputs) > 1:
-            raise FileSystemError(f"{path}: two outputs of this run have this name; name another")
-        if path.is_dir() or (path.exists() and not may_replace(path)):
-            raise FileSystemError(f"{path}: exists already; {remedy}")
-
-
 def _temporary(path):
     return path.parent / f"{path.name}.{os.getpid()}.tmp"
 
