@@ -127,7 +127,7 @@ def main(config: Config) -> None:
             return utils.say(f"{config.results} is finished already; --overwrite starts anew")
         evaluation.measure_all(results)
         report.publish(results)
-        results.remove()
+        results.path.unlink(missing_ok=True)
 
 
 def prepare(config: Config, paths: list[str]) -> evaluation.Results:

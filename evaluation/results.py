@@ -124,7 +124,3 @@ class Results:
             raise utils.CheckpointError(
                 f"{path}: begun with another {', '.join(names)}; give the old ones, or --overwrite"
             )
-
-    def remove(self):
-        """Remove the file, once the report is written."""
-        self.path.unlink(missing_ok=True)

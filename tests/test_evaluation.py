@@ -316,7 +316,7 @@ def test_stop_and_go_on_gives_the_identical_table(tmp_path):
     parts = trials.table(config, 4)
     whole, stopped, resumed = (results_of(target, split, parts, config) for _ in range(3))
     evaluation.measure_all(whole)
-    whole.remove()
+    whole.path.unlink()
 
     def stopping(*arguments):
         calls.append(1)

@@ -1,6 +1,7 @@
 """Evaluations that are stopped, that would replace files, or are of odd classes and broken networks."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import evaluation
 import robustness
 import softmax_training
 import utils
-from evaluation import report, trials
+from evaluation import files, report, trials
 from resnet_model import resnet
 
 ATTACKS = ("fgsm", "pgd")
@@ -194,6 +195,17 @@ def test_item_57_the_picture_replaces_nothing_either(name, checkpoint, tmp_path)
     assert (tmp_path / name).read_bytes() != b"mine"
 
 
+def test_the_log_of_autoattack_which_is_appended_to_is_begun_anew(checkpoint, tmp_path):
+    log, kept = tmp_path / "r.autoattack.log", tmp_path / "s.autoattack.log"
+    for path in (log, kept, tmp_path / "s.json.partial"):
+        path.write_text("before")
+    config = robustness.Config(attacks=("autoattack",), results=str(tmp_path / "r.json"), overwrite=True)
+    files.claim(config, [checkpoint])
+    resumed = dataclasses.replace(config, results=str(tmp_path / "s.json"), overwrite=False, resume=True)
+    files.claim(resumed, [checkpoint])
+    assert not log.exists() and kept.read_text() == "before"
+
+
 def test_item_57_two_outputs_of_one_name_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(utils.FileSystemError, match="two outputs of this run"):
@@ -203,7 +215,7 @@ def test_item_57_two_outputs_of_one_name_are_refused(tmp_path):
 def test_item_59_a_finished_evaluation_is_replaced_only_when_told(checkpoint, tmp_path):
     words = (*TINY, "--checkpoints", checkpoint, "--attacks", "fgsm")
     assert run("robustness", *words, "--resume", cwd=tmp_path).returncode == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     refused(
         run("robustness", *words, cwd=tmp_path), 6, "results/robustness.json: exists already; --overwrite"
     )
@@ -216,7 +228,7 @@ def test_item_59_a_finished_evaluation_is_replaced_only_when_told(checkpoint, tm
             "begun with another",
             "--overwrite",
         )
-    assert {path: path.read_bytes() for path in (tmp_path / "results").iterdir()} == files
+    assert {path: path.read_bytes() for path in (tmp_path / "results").iterdir()} == before
     done = run("robustness", *words, "--overwrite", "--epsilon", "4/255", cwd=tmp_path)
     assert done.returncode == 0
     report = json.loads((tmp_path / "results/robustness.json").read_text())

@@ -87,14 +87,19 @@ def rows(path):
 # ---------------------------------------------------------------- the table
 
 
-def test_the_published_columns_come_first():
+def test_settings_are_the_released_ones_and_say_where_they_cannot_reach_epsilon():
     defaults = robustness.Config()
-    assert defaults.attacks[:4] == ("fgsm", "bim", "mim", "pgd")
+    assert defaults.attacks[:4] == ("fgsm", "bim", "mim", "pgd") and defaults.epsilon == 8 / 255
     settings = {t.key: t.settings for t in trials.table(defaults, 10)}
     assert settings["bim"] == "BIM: 10 steps of 0.8/255"
     assert settings["mim"] == "MIM: 10 steps of 0.8/255, decay 1"
     assert settings["pgd"] == "PGD: 10 steps of 2/255, no random start"
-    assert defaults.epsilon == 8 / 255
+    for epsilon, short in ((0.3, True), (20 / 255, False)):
+        config = dataclasses.replace(defaults, epsilon=epsilon)
+        settings = {t.key: t.settings for t in trials.table(config, 10)}
+        for key in ("pgd", "pgd-margin"):
+            assert ("10 steps of 2/255 (20/255 in all, less than epsilon)" in settings[key]) == short
+        assert "less than epsilon" not in settings["bim"]
 
 
 def test_items_18_and_20_reports_are_probed_and_cleaned_before_the_attacks_run(root, tmp_path, capsys):
@@ -334,16 +339,6 @@ def test_losses_that_sort_the_logits_need_enough_of_them(name, least):
     ):
         trials.table(config, least - 1)
     assert len(trials.table(config, least)) == 3
-
-
-def test_attacks_that_cannot_reach_epsilon_say_so():
-    config = robustness.Config(attacks=("bim", "pgd", "pgd-margin"), epsilon=0.3)
-    said = [trial.settings for trial in trials.table(config, 10)[1:]]
-    assert "less than epsilon" not in said[0]
-    assert all("10 steps of 2/255 (20/255 in all, less than epsilon)" in settings for settings in said[1:])
-    assert not any(
-        "less than" in t.settings for t in trials.table(dataclasses.replace(config, epsilon=20 / 255), 10)
-    )
 
 
 def test_the_flat_part_of_dlr_is_told_where_its_zeros_are(root, tmp_path, capsys):
