@@ -185,6 +185,6 @@ def begin(subject: Subject, row: str) -> tuple[training.Run, Callable, Callable]
 
     def train():
         training.train_epoch(run, forward, attack, utils.StopSignals())
-        run.progress.end_epoch({})
+        run.progress = type(run.progress)(epoch=run.progress.epoch + 1)
 
     return run, train, attack

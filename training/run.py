@@ -75,10 +75,12 @@ class Run:
             remedy = "--resume goes on with it, --overwrite starts anew, --save-to names another"
         outputs = (path, checkpoints.previous_of(path), config.log_path, config.metrics_path)
         utils.claim(outputs, self.may_replace, remedy)
-        # What a killed run logged after its last save is done again.
+        # What a killed run logged after its last save is done again. The log is never there without its head,
+        # by which a run that was killed before its first save knows it for its own.
+        self.progress.log += told
         utils.write_text(config.log_path, self.log_text())
         for line in told:
-            self.say(line)
+            utils.say(line)
         if self.finished:
             checkpoints.drop_previous(path)  # there still where the run was killed right after its end
             done = self.progress.epoch
