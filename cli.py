@@ -100,9 +100,7 @@ def leave_with_status(command):
             command(argv)
     except SystemExit as end:  # --help
         status = end.code
-    except KeyboardInterrupt as stop:
-        status, message = 128 + (stop.args or (signal.SIGINT,))[0], "interrupted"
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         status, message = describe_error(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -135,6 +133,11 @@ def _interrupt(signum, frame):
 
 def describe_error(error):
     """Return (exit status, one line) for an exception; what came from a file is escaped and shortened."""
+    context = error
+    while context is not None:  # a library may have met the signal's exception with one of its own
+        if isinstance(context, KeyboardInterrupt):
+            return 128 + (context.args or (signal.SIGINT,))[0], "interrupted"
+        context = context.__context__
     text, status = " ".join(str(error).split()), getattr(error, "exit_status", 1)
     if isinstance(error, OSError) and error.errno:
         status = 6

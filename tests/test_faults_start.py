@@ -199,3 +199,14 @@ def test_item_60_a_signal_outside_the_loops_ends_with_its_status(monkeypatch, ca
 
 def test_a_stop_on_purpose_is_a_success(monkeypatch, capsys):
     assert leave(monkeypatch, capsys, utils.Interrupted(None, "stopped")) == (0, "")
+
+
+def test_item_60_a_signal_behind_an_error_of_a_library_is_not_lost():
+    """As in tqdm, which lets go of a lock that it has not taken yet."""
+    try:
+        try:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        finally:
+            _ = {}["lock"]
+    except KeyError as error:
+        assert cli.describe_error(error) == (143, "interrupted")
