@@ -332,6 +332,15 @@ def test_item_53_a_run_of_older_code_is_resumed_where_its_images_are_as_many(who
     assert soak.compare(path, whole["softmax_training"]) == []
 
 
+def test_a_run_that_began_before_there_was_a_warm_up_had_none(tmp_path):
+    path = stopped(tmp_path / "run.pth.tar")
+    state = checkpoints.load(path)
+    del state["config"]["warmup"]
+    checkpoints.save(state, path)
+    with pytest.raises(utils.CheckpointError, match="warmup 0 -> 1"):
+        train("softmax_training", *options("softmax_training", path), "--resume")
+
+
 @pytest.mark.parametrize("lacking", ["state_dict", "history", "sums", "epoch", "config", "data", "scheduler"])
 def test_a_checkpoint_without_a_part_is_refused(lacking, tmp_path):
     path = stopped(tmp_path / "run.pth.tar")

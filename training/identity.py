@@ -12,6 +12,7 @@ FREE_ON_RESUME = {  # settings that may differ between a run and its continuatio
     *("epochs", "eval_every", "device", "threads", "compile", "save_every_minutes", "max_minutes"),
 }
 MACHINE = ("precision", "threads")  # what a run was given, whatever was asked for
+SINCE = {"warmup": 0}  # what runs did that began before there was such a setting
 EACH_TIME = ("resume", "overwrite", "max_minutes")  # not worth a word when they differ
 
 
@@ -41,7 +42,9 @@ def check_identity(state, run, path):
         there, here = ({"name": d["name"], "images": (d["train"][0], d["test"][0])} for d in (there, here))
     if there != here:
         raise CheckpointError(f"{path}: trained on {there}, not {here}; give the same data")
-    before, now = ({**one["config"], **{n: one[n] for n in MACHINE if n in one}} for one in (state, run))
+    before, now = (
+        {**SINCE, **one["config"], **{n: one[n] for n in MACHINE if n in one}} for one in (state, run)
+    )
     names = [name for name in now if name in before and now[name] != before[name]]
     differing = {name: f"{name} {before[name]} -> {now[name]}" for name in names}
     fixed = [words for name, words in differing.items() if name not in FREE_ON_RESUME]
