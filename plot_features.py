@@ -95,7 +95,7 @@ class Cloud(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What is drawn and told of one checkpoint: rows `clean` and `attacked`, in that order."""
+    """What the picture and the table show of one checkpoint: rows `clean` and `attacked`, in that order."""
 
     target: evaluation.Target
     width: int  # of the features

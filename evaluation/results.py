@@ -73,7 +73,7 @@ class Results:
 
     def images_folder(self, target, trial):
         """Where the adversarial images of a trial are kept; None where they are not asked for."""
-        if self.config.save_images is None or trial.key not in ATTACKS:  # nobody asks for a curve's
+        if self.config.save_images is None or trial.key not in ATTACKS:  # a point of a curve keeps no images
             return None
         return files.images_folder(self.config, target.path, target.sha256, trial.key)
 

@@ -1,4 +1,4 @@
-"""What every training script can be told of a run, besides its recipe."""
+"""The options that every training script has besides its recipe."""
 
 import os
 from dataclasses import dataclass

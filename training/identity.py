@@ -13,7 +13,7 @@ FREE_ON_RESUME = {  # settings that may differ between a run and its continuatio
 }
 MACHINE = ("precision", "threads")  # what a run was given, whatever was asked for
 SINCE = {"warmup": 0}  # what runs did that began before there was such a setting
-EACH_TIME = ("resume", "overwrite", "max_minutes")  # not worth a word when they differ
+NOT_REPORTED = ("resume", "overwrite", "max_minutes")  # of these: they differ at every resume
 
 
 def identity_of(config, dataset, model, precision):
@@ -53,5 +53,5 @@ def check_identity(state, run, path):
             f"{path}: begun with other settings ({', '.join(fixed)}); resume with the old ones, or name "
             "another --save-to"
         )
-    words = [f"resumed with another {words}" for name, words in differing.items() if name not in EACH_TIME]
+    words = [f"resumed with another {words}" for name, words in differing.items() if name not in NOT_REPORTED]
     return words + ["begun by older code: its images are compared by their number alone"] * older

@@ -55,7 +55,7 @@ def train_epoch(run, forward, attack, stop):
 
         loss, parts, correct = forward(images, labels)
         terms = {"loss": loss.detach(), **parts}
-        run.watch.see(terms, progress.epoch, index)  # raises DivergenceError: no step follows a lost loss
+        run.watch.see(terms, progress.epoch, index)  # raises DivergenceError: no step follows NaN
 
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()

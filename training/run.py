@@ -184,7 +184,7 @@ class Run:
             self.save()
 
     def save(self):
-        """Write the checkpoint, and the metrics beside the log; DivergenceError when a number is lost."""
+        """Write the checkpoint, and the metrics beside the log; DivergenceError for NaN or infinity."""
         self.watch.check([*self.model.state_dict().values(), *self.criterion.state_dict().values()])
         states = {name: part.state_dict() for name, part in self.parts.items()}
         state = {**self.identity, **vars(self.progress), "finished": self.finished, **states}
