@@ -69,6 +69,7 @@ class Config(training.RunConfig):
 
 
 def main(config: Config) -> None:
+    training.claim(config)
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
     dataset = data.load(

@@ -3,6 +3,7 @@
 # ruff: noqa: F401  # the imported names are the package's own
 
 from .config import RunConfig
+from .files import claim
 from .loop import accuracy, fit, make_attack, make_forward, train_epoch
 from .run import Run
 from .start import start_from

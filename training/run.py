@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ import data
 import utils
 from utils import CheckpointError
 
+from . import files
 from .identity import check_identity, identity_of
 from .watch import Watch
 
@@ -67,39 +67,21 @@ class Run:
         return self.progress.epoch >= self.config.epochs
 
     def open(self):
-        """Claim the outputs, resume if asked; return False when nothing is left to do."""
-        config, path, resumes = self.config, Path(self.config.save_to), self.config.resumes
-        told = self.resume(path) if resumes else self.headlines()
-        remedy = "it is not of this run: name another, or add --overwrite"
-        if checkpoints.exists(path) and not resumes:
-            remedy = "--resume goes on with it, --overwrite starts anew, --save-to names another"
-        outputs = (path, checkpoints.previous_of(path), config.log_path, config.metrics_path)
-        utils.claim(outputs, self.may_replace, remedy)
+        """Resume if asked, and begin the log; return False when nothing is left to do."""
+        config, path, progress = self.config, self.config.save_to, self.progress
+        told = self.resume(path) if config.resumes else self.headlines()
+        # Once more, in the hold of the files: another process may have ended a run of this name since.
+        files.claim_files(config, progress.log, progress.history, self.has_checkpoint)
         # What a killed run logged after its last save is done again. The log is never there without its head,
         # by which a run that was killed before its first save knows it for its own.
-        self.progress.log += told
-        utils.write_text(config.log_path, self.log_text())
+        progress.log += told
+        utils.write_text(config.log_path, files.log_text(progress.log))
         for line in told:
             utils.say(line)
         if self.finished:
             checkpoints.drop_previous(path)  # there still where the run was killed right after its end
-            done = self.progress.epoch
-            self.say(f"{path} is finished already ({done} epochs); a larger --epochs goes on")
+            self.say(f"{path} is finished already ({progress.epoch} epochs); a larger --epochs goes on")
         return not self.finished
-
-    def may_replace(self, path):
-        """Whether a file is this run's own: nothing is lost in it that its checkpoint has not.
-
-        The log and the metrics of a run say what its checkpoint says, as far as both go. Killed before its
-        first save, it left a log without an epoch.
-        """
-        texts = {self.config.log_path: self.log_text(), self.config.metrics_path: self.metrics_text()}
-        if self.config.overwrite or path not in texts or not path.is_file():
-            return path.is_file() and (self.config.overwrite or self.has_checkpoint)
-        there, here = path.read_bytes(), texts[path].encode("utf-8", "replace")
-        if self.has_checkpoint:
-            return there.startswith(here) or here.startswith(there)
-        return b"images/s" not in there and there.startswith(f"{self.identity['script']}: ".encode())
 
     def headlines(self):
         """The first lines of a log: what is trained on what, and the columns."""
@@ -123,19 +105,14 @@ class Run:
                 f"{path}: has no optimiser or prototypes to resume with; evaluate it, or start from it with "
                 "--init-from and another --save-to"
             )
-        try:
+        with files.fitting(path):
             differing = check_identity(state, self.identity, path)
             checkpoints.check_finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+            for name in (field.name for field in fields(Progress)):
+                setattr(self.progress, name, state[name])
             self.progress.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise CheckpointError(
-                f"{path}: does not fit this run ({type(error).__name__}: {reason}); use another copy, or "
-                "--overwrite starts anew"
-            ) from None
         self.has_checkpoint = True
         return [*differing, *warnings, f"resumed {path} at {self.progress.place}"]
 
@@ -191,13 +168,7 @@ class Run:
         keep_previous = self.has_checkpoint and not self.finished
         checkpoints.save(state, self.config.save_to, keep_previous=keep_previous)
         self.has_checkpoint, self.saved = True, time.monotonic()
-        utils.write_text(self.config.metrics_path, self.metrics_text())
-
-    def metrics_text(self):
-        return utils.csv_text(self.columns, self.progress.history)
-
-    def log_text(self):
-        return "".join(f"{line}\n" for line in self.progress.log)
+        utils.write_text(self.config.metrics_path, utils.csv_text(self.columns, self.progress.history))
 
 
 def shown(name, value):

@@ -1,0 +1,69 @@
+"""The files of a run: checkpoint, log and metrics, and whether it may write them."""
+
+import contextlib
+from pathlib import Path
+
+import checkpoints
+import cli
+import utils
+from utils import CheckpointError
+
+
+def claim(config):
+    """Prove, before any work, that a run can write its files and that none is anybody else's.
+
+    Raises FileSystemError, and CheckpointError for a checkpoint to resume that cannot be read.
+    """
+    with utils.hold(config.save_to), utils.hold(config.log_path):
+        if not config.resumes:
+            return claim_files(config)
+        state = checkpoints.load_newest(config.save_to, warn=lambda line: None)
+        with fitting(config.save_to):
+            claim_files(config, state.get("log", ()), state.get("history", ()), resumed=True)
+
+
+def claim_files(config, log=(), history=(), resumed=False):
+    """As `claim`, for a run with the lines of `log` and the metrics of `history`, in the hold of its files.
+
+    A file is the run's own where nothing is lost in it that the checkpoint has not: its log and its metrics
+    say what the checkpoint says, as far as both go. Killed before its first save, a run left a log without
+    an epoch.
+    """
+    texts = {config.log_path: log_text(log), config.metrics_path: metrics_text(history)}
+
+    def may_replace(path):
+        if config.overwrite or path not in texts or not path.is_file():
+            return path.is_file() and (config.overwrite or resumed)
+        there, here = path.read_bytes(), texts[path].encode("utf-8", "replace")
+        if resumed:
+            return there.startswith(here) or here.startswith(there)
+        return b"images/s" not in there and there.startswith(f"{cli.script_name(config)}: ".encode())
+
+    path = Path(config.save_to)
+    remedy = "it is not of this run: name another, or add --overwrite"
+    if checkpoints.exists(path) and not resumed:
+        remedy = "--resume goes on with it, --overwrite starts anew, --save-to names another"
+    outputs = (path, checkpoints.previous_of(path), config.log_path, config.metrics_path)
+    utils.claim(outputs, may_replace, remedy)
+
+
+def log_text(lines):
+    return "".join(f"{line}\n" for line in lines)
+
+
+def metrics_text(history):
+    """A row per epoch; before the first one, what every such file begins with."""
+    return utils.csv_text(history[0], history) if history else "epoch,loss,"
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Within it, what a checkpoint's contents of another type or shape raise becomes a CheckpointError."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise CheckpointError(
+            f"{path}: does not fit this run ({type(error).__name__}: {reason}); use another copy, or "
+            "--overwrite starts anew"
+        ) from None
