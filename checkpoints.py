@@ -45,13 +45,14 @@ SCRIPTS = {  # the script that makes a checkpoint of this name
 }
 FIELDS = {  # the types of what is read by name, here and in training and evaluation
     **dict.fromkeys(("state_dict", "criterion", "config", "network", "data", "versions"), dict),
-    **dict.fromkeys(("optimizer", "scheduler", "sums", "fingerprint", "outcomes"), dict),
+    **dict.fromkeys(("optimizer", "scheduler", "sums", "fingerprint", "outcomes", "started_from"), dict),
     **dict.fromkeys(("classes", "history", "log"), list),
     **dict.fromkeys(("epoch", "batch", "images"), int),
     "script": str,
 }
 EXPORTED = (
-    *("format", "script", "network", "classes", "data", "config", "epoch", "finished", "history"),
+    *("format", "script", "network", "classes", "data", "config", "started_from"),
+    *("epoch", "finished", "history"),
     *("state_dict", "criterion", "versions"),
 )
 NOT_EXPORTED_SETTINGS = ("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite", "device")
@@ -159,7 +160,7 @@ def _read_pickle(path, content):
         with warnings.catch_warnings(action="ignore"):  # of odd files; our error says what is wrong
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it unsafely
-        names = re.findall(r"(?:GLOBAL|global|class)\s+`?([\w.]+)", str(error))
+        names = re.findall(r"(?:GLOBAL|class|function)\s+`?([\w.]+)", str(error))
         what = ", ".join(dict.fromkeys(names))[:150] or "something"
         raise CheckpointError(
             f"{path}: holds {what}, not only tensors and plain Python; refused, since it could run code: "

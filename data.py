@@ -84,37 +84,35 @@ def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", spli
 
     `cifar10` is read from DATA_DIR/cifar-10-batches-py and downloaded when it is not there; `folder` is read
     from DATA_DIR/{train,test}/<class>/<image files>; `synthetic` is drawn, and `seed` decides what.
-    `limit` keeps that many images of each split: the first of each class, in their order. `holdout` takes
-    that many images, the last of each class, out of the training images. They take the place of the test
-    images, which are not read, so that settings can be chosen by them.
+    `limit` keeps that many images of each split: the first of each class, in their order; all, where a split
+    has fewer. `holdout` takes that many images, the last of each class, out of the training images. They take
+    the place of the test images, which are not read, so that settings can be chosen by them.
     """
     try:
         root, loaded = Path(data_dir).expanduser(), dict.fromkeys(SPLITS)
     except RuntimeError as cause:
         raise unusable(data_dir, "begins with a user who has no home here; change --data-dir") from cause
     classes, found = _READERS[dataset](root, ("train",) if holdout else splits, seed)
+    if limit is not None:
+        _check_count("limit", limit, max(len(labels) for labels, _ in found.values()), "images can be kept")
     for split in splits:
         labels, read = found["train" if holdout else split]
-        kept, most = np.arange(len(labels)), limit
+        kept = np.arange(len(labels))
         if holdout:
             _check_count("holdout", holdout, len(labels) - 1, "training images can be held out")
-            held = np.sort(len(labels) - 1 - balanced_indices(labels[::-1], holdout, "train"))
+            held = np.sort(len(labels) - 1 - balanced_indices(labels[::-1], holdout))
             kept = held if split == "test" else np.setdiff1d(kept, held)
-            most = min(limit, holdout) if limit and split == "test" else limit
-        kept = kept[balanced_indices(labels[kept], most, split)]
+        kept = kept[balanced_indices(labels[kept], limit)]
         loaded[split] = Split(read(kept).to(device), torch.from_numpy(labels[kept]).to(device, torch.int64))
     return Dataset(dataset, classes, **loaded, holdout=holdout)
 
 
-def balanced_indices(labels, limit, split):
+def balanced_indices(labels, limit):
     """Return the sorted indices of `limit` of the labels, equally many of each class; None keeps all.
 
     They are the first of each class. What a division leaves over goes to the first classes, and what a class
-    is short of to the others. Raises DataError where `limit` is below 1 or beyond the labels.
+    is short of to the others.
     """
-    if limit is None:
-        return np.arange(len(labels))
-    _check_count("limit", limit, len(labels), f"{split} images can be kept")
     by_class = np.argsort(labels, kind="stable")
     rank = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])  # within the class
     return np.sort(by_class[np.argsort(rank, kind="stable")[:limit]])

@@ -55,7 +55,7 @@ bounded() { # COMMAND ...: run it, but end the slice where that takes too long
     timeout --foreground --preserve-status -s TERM -k $grace $left "$@" || status=$?
     case $status in
         0) ;;
-        137 | 143) slice_over ;;
+        75 | 137 | 143) slice_over ;;
         *) exit $status ;;
     esac
 }

@@ -10,7 +10,9 @@ import platform
 import signal
 import sys
 import threading
+import time
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import numpy
@@ -19,6 +21,7 @@ import torchvision
 from tqdm import tqdm
 
 LONGEST_LINE = 2000  # characters of a line that is printed
+TELL_EVERY = 60.0  # seconds between lines of progress
 
 # ---------------------------------------------------------------- faults
 
@@ -52,7 +55,7 @@ class FileSystemError(Fault):  # a file that cannot be written, or must not be r
 class Interrupted(Fault):  # by a signal, or (`signum` None) the end of its time; its state is saved
     def __init__(self, signum, message):
         super().__init__(message)
-        self.exit_status = 128 + signum if signum else 0
+        self.exit_status = 128 + signum if signum else 75  # as sysexits.h has it: try again
 
 
 def versions():
@@ -104,9 +107,22 @@ def silence_stdout():
 
 
 def progress(iterable, total, description, initial=0):
-    """A progress bar on stderr; silent where stderr is no terminal."""
-    quiet, description = not sys.stderr.isatty(), printable(description, 60)
-    return tqdm(iterable, total=total, initial=initial, desc=description, leave=False, disable=quiet)
+    """Return an iterable that shows how far it is: a bar, or a line a minute where stderr is no terminal."""
+    description = printable(description, 60)
+    if sys.stderr.isatty():
+        return tqdm(iterable, total=total, initial=initial, desc=description, leave=False)
+    return _told_each_minute(iterable, total, description, initial)
+
+
+def _told_each_minute(iterable, total, description, initial):
+    began = told = time.monotonic()
+    for done, item in enumerate(iterable, initial):
+        if (now := time.monotonic()) - told >= TELL_EVERY:
+            told = now
+            left = timedelta(seconds=int((now - began) / max(done - initial, 1) * (total - done)))
+            with contextlib.suppress(OSError, ValueError):  # the reader has gone
+                print(f"{description}: {done} of {total}, {left} left", file=sys.stderr, flush=True)
+        yield item
 
 
 # ---------------------------------------------------------------- device and seeds

@@ -16,6 +16,13 @@ PUBLISHED = (
     "AutoAttack: 0.28."
 )
 
+PAPER = {  # in a model card of a network with prototypes
+    "link": "https://arxiv.org/abs/1904.00887",
+    "name": "Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks",
+    "authors": "Aamir Mustafa, Salman Khan, Munawar Hayat, Roland Goecke, Jianbing Shen, Ling Shao",
+    "venue": "ICCV 2019",
+}
+
 
 def publish(results):
     """Write all files, then print the table, its footnotes and the findings of --sanity."""
@@ -191,13 +198,10 @@ def model_card(results, target):
     lowest, autoattack = min(left.values()), left.get("autoattack")
     images = f"{len(dataset.test):,} {dataset.tested} images"
     return {
-        "link": "https://arxiv.org/abs/1904.00887",
-        "name": "Adversarial Defense by Restricting the Hidden Space of Deep Neural Networks",
-        "authors": "Aamir Mustafa, Salman Khan, Munawar Hayat, Roland Goecke, Jianbing Shen, Ling Shao",
+        **(PAPER if target.has_pull else dict.fromkeys(PAPER) | {"name": target.label}),
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": dataset.name,
-        "venue": "ICCV 2019",
         "architecture": f"ResNet-{target.depth}",
         "eps": in_255ths(results.config.epsilon),
         "clean_acc": f"{left[CLEAN]:.2f}",

@@ -72,9 +72,8 @@ def load_target(path, device, classes, predict="softmax"):
         raise CheckpointError(
             f"{path}: a network of {model.num_classes} classes, but the data set has {len(classes)}"
         )
-    origin = {
-        name: state[name] for name in ("script", "epoch", "config", "data", "versions") if name in state
-    }
+    names = ("script", "epoch", "config", "data", "started_from", "versions")
+    origin = {name: state[name] for name in names if name in state}
     fast = folded(model).network.to(memory_format=torch.channels_last)
     label = _label(path, origin)
     target = Target(label, read.sha256, model, fast, str(path), model.depth, prototypes, origin)

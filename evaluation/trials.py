@@ -180,7 +180,7 @@ class Trial:
         """The part of `split` that this trial is about."""
         if self.limit is None or self.limit >= len(split):
             return split
-        keep = torch.from_numpy(data.balanced_indices(split.labels.cpu().numpy(), self.limit, "test"))
+        keep = torch.from_numpy(data.balanced_indices(split.labels.cpu().numpy(), self.limit))
         keep = keep.to(split.labels.device)
         return data.Split(split.images[keep], split.labels[keep])
 

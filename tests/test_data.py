@@ -142,7 +142,12 @@ def test_item_28_labels_out_of_range_are_refused(cifar, monkeypatch, label):
 def test_item_30_limits_out_of_bounds_are_refused_with_the_bounds(cifar, dataset, split, size):
     for limit in (0, -1, size + 1):
         message = refusal(dataset, cifar.parent, limit=limit, splits=(split,))
-        assert f"limit {limit} " in message and f"1 to {size} {split} images" in message
+        assert f"limit {limit} " in message and f"1 to {size} images" in message
+
+
+def test_item_30_a_limit_beyond_one_split_takes_what_is_there(cifar):
+    kept = data.load("cifar10", cifar.parent, limit=50)
+    assert (len(kept.train), len(kept.test)) == (50, 20)
 
 
 def round_robin(labels, limit):
@@ -159,7 +164,7 @@ def round_robin(labels, limit):
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), share=st.floats(0, 1))
 def test_a_limit_deals_out_the_classes_in_turn(labels, share):
     limit = max(1, round(share * len(labels)))
-    kept = data.balanced_indices(np.array(labels), limit, "train")
+    kept = data.balanced_indices(np.array(labels), limit)
     assert kept.tolist() == round_robin(labels, limit)
 
 

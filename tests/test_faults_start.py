@@ -197,8 +197,9 @@ def test_item_60_a_signal_outside_the_loops_ends_with_its_status(monkeypatch, ca
     assert run(softmax_training)[0] == 128 + signum and signal.getsignal(signum) is before
 
 
-def test_a_stop_on_purpose_is_a_success(monkeypatch, capsys):
-    assert leave(monkeypatch, capsys, utils.Interrupted(None, "stopped")) == (0, "")
+def test_a_stop_on_purpose_says_that_work_is_left(monkeypatch, capsys):
+    status, said = leave(monkeypatch, capsys, utils.Interrupted(None, "stopped"))
+    assert (status, said) == (75, "softmax_training.py: stopped\n")
 
 
 def test_item_60_a_signal_behind_an_error_of_a_library_is_not_lost():

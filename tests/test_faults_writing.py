@@ -172,6 +172,17 @@ def test_item_19_a_file_at_save_to_is_not_written_over(tmp_path, content):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("module", [softmax_training, pcl_training])
+def test_item_19_before_an_image_is_read_or_stage_1_is_measured(module, tmp_path):
+    path = tmp_path / "run.pth.tar"
+    path.write_bytes(b"somebody's")
+    given = ["--save-to", path, "--dataset", "folder", "--data-dir", tmp_path / "none"]
+    status, out, said = run(module, *given)
+    assert (status, out) == (6, "") and f"{path}: exists already" in said
+    path.unlink()
+    assert run(module, *given)[0] == 3  # what is wrong with the images is said after that
+
+
 def test_item_19_a_finished_run_is_not_written_over(tmp_path):
     path = tmp_path / "run.pth.tar"
     train(path)

@@ -304,6 +304,12 @@ def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
     lowest = min(entry[name]["accuracy"] for name in ("clean", "fgsm", "pgd"))
     assert float(card["reported"]) == pytest.approx(lowest, abs=0.005)
     assert card["autoattack_acc"] is None and card["unreliable"] is False
+    assert card["venue"] == "ICCV 2019"
+    run(capsys, config_of(root, tmp_path / "s.json", ("softmax",), attacks=(), model_card=True))
+    (path,) = tmp_path.glob("s.*.card.json")  # of a network without PCL, which is not the paper's
+    card = json.loads(path.read_text())
+    assert wanted <= card.keys() and card["name"].startswith("Softmax")
+    assert card["link"] is card["authors"] is card["venue"] is None
 
 
 # ---------------------------------------------------------------- options

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import checkpoints
 import cli
 import data
+import pcl_training
 import pcl_training_adversarial_fgsm
 import softmax_training
 import training
@@ -185,3 +186,11 @@ def test_full_batches_go_through_one_graph_of_the_attack_and_one_of_the_step(sta
     state = train(pcl_training_adversarial_fgsm, path, "--compile", "on", init_from=stage_1, batch_size=8)
     assert sizes == [8, 16, 8, 16]
     assert state["history"][0]["loss"] == pytest.approx(plain["history"][0]["loss"], rel=1e-4)
+
+
+def test_a_checkpoint_says_from_which_file_it_started_also_when_resumed(stage_1, tmp_path):
+    path = tmp_path / "run.pth.tar"
+    start = {"path": str(stage_1), "sha256": utils.sha256(stage_1)}
+    assert train(pcl_training, path, init_from=stage_1)["started_from"] == start
+    assert train(pcl_training, path, "--resume", "--epochs", "2", init_from="gone")["started_from"] == start
+    assert checkpoints.load(stage_1)["started_from"] == {}

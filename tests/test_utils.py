@@ -37,6 +37,15 @@ def test_uniform_fills_its_interval_evenly():
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees of freedom, p = 0.001
 
 
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 25))  # an image takes 25 seconds
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    assert list(utils.progress("abcdef", 8, "row: PGD", initial=2)) == list("abcdef")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("row: PGD: 4 of 8, 0:02:30 left\n")
+    assert said.err.count("\n") <= 3
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_ask_for_a_stop_inside_and_are_what_they_were_outside(signum):
     before = signal.getsignal(signum)

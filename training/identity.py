@@ -24,6 +24,7 @@ def identity_of(config, dataset, model, precision):
         "classes": list(dataset.classes),
         "data": dataset.describe(),
         "config": cli.config_dict(config),
+        "started_from": getattr(model, "started_from", {}),  # the file of stage 1
         "precision": precision,
         "threads": torch.get_num_threads(),
     }

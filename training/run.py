@@ -107,6 +107,7 @@ class Run:
             )
         with files.fitting(path):
             differing = check_identity(state, self.identity, path)
+            self.identity["started_from"] = state.get("started_from", {})  # older code kept none
             checkpoints.check_finite({**state["state_dict"], **state["criterion"], **state["sums"]}, path)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -154,7 +155,7 @@ class Run:
             message = f"stopped at {progress.place}; saved to {config.save_to}, --resume goes on"
             progress.log.append(message)
             self.save()
-            (utils.note if stop.received else utils.say)(message, config.log_path)
+            utils.note(message, config.log_path)
             raise utils.Interrupted(stop.received, message)
         # An ended epoch is saved already.
         if progress.batch and now - self.saved > 60 * (config.save_every_minutes or math.inf):

@@ -25,6 +25,7 @@ def start_from(model, config, dataset):
     checkpoints.check_classes(read.state, path, dataset.classes)
     checkpoints.check_holdout(read.state, path, dataset)
     model.load_state_dict({**model.state_dict(), **read.weights})
+    model.started_from = {"path": path, "sha256": read.sha256}
     percent = accuracy(model, dataset.test)
     epoch = read.state.get("epoch", "?")
     utils.say(f"starting from {path}, epoch {epoch}, right on {percent:.2f} % of the {dataset.tested} images")
