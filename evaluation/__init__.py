@@ -9,7 +9,8 @@ whether it is the network that withstands the attacks, and `report` writes table
 
 # ruff: noqa: F401  # the imported names are the package's own
 
-from .measure import attack_block, check_result, check_scores, exact_float32, measure, measure_all
+from .exact import exact_float32, memory_format
+from .measure import attack_block, check_result, check_scores, measure, measure_all
 from .outcome import COLUMNS, Outcome
 from .results import Results
 from .target import Target, classifier, load_target

@@ -16,7 +16,7 @@ import torch
 
 import data
 
-from .measure import exact_float32
+from .exact import exact_float32, memory_format
 from .outcome import QUANTILES, SATURATED_MARGIN, VANISHED_MARGIN, margin_quantiles, percent
 from .trials import ATTACKS, CLEAN, PGD_STEP, clean, in_255ths, make
 
@@ -94,7 +94,7 @@ def sanity(results, target):
     outcomes = {part: results.of(target, trial) for part, trial in results.checks.items()}
     sample = results.checks[CLEAN].of(results.dataset.test).images[: min(config.batch_size, 100)]
     with torch.no_grad(), exact_float32():
-        images = data.to_float(sample).contiguous(memory_format=torch.channels_last)
+        images = data.to_float(sample).contiguous(memory_format=memory_format(sample.device))
         first, second = target.logits(images), target.logits(images)
     of_network = [deterministic(first, second), are_logits(first)]
     if config.epsilon == 0:

@@ -1,6 +1,5 @@
 """Measuring: every trial on every target, block by block, so that it can be stopped and go on anywhere."""
 
-import contextlib
 import time
 from pathlib import Path
 
@@ -10,21 +9,9 @@ import attacks
 import data
 import utils
 
+from .exact import exact_float32, memory_format
+
 SAVE_EVERY = 60.0  # seconds between saves of what is done
-
-
-@contextlib.contextmanager
-def exact_float32():
-    """Within it nothing computes in less than float32, and CUDA convolutions repeat themselves exactly."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    try:
-        with cudnn, torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def generator_at(seed, start):
@@ -43,7 +30,8 @@ def attack_block(target, trial, split, start, batch_size, seed):
     """
     block = slice(start, start + batch_size)
     labels = split.labels[block]
-    images = data.to_float(split.images[block]).contiguous(memory_format=torch.channels_last)
+    images = data.to_float(split.images[block])
+    images = images.contiguous(memory_format=memory_format(images.device))
     zeros, attacked = attacks.ZeroGradients(), images
     if trial.attack is not None:
         with exact_float32():

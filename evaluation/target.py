@@ -13,6 +13,8 @@ from prototype_conformity import PrototypeConformityLoss
 from resnet_model import folded, resnet
 from utils import CheckpointError
 
+from .exact import memory_format
+
 LABELS = {  # what a checkpoint's row is called, by the script that made it
     "softmax_training": "Softmax",
     "pcl_training": "PCL",
@@ -74,7 +76,7 @@ def load_target(path, device, classes, predict="softmax"):
         )
     names = ("script", "epoch", "config", "data", "started_from", "versions")
     origin = {name: state[name] for name in names if name in state}
-    fast = folded(model).network.to(memory_format=torch.channels_last)
+    fast = folded(model).network.to(memory_format=memory_format(device))
     label = _label(path, origin)
     target = Target(label, read.sha256, model, fast, str(path), model.depth, prototypes, origin)
     if predict == "softmax":
@@ -103,7 +105,7 @@ def _load(path, device):
     read = checkpoints.read_network(path)
     model = resnet(**read.arguments)
     model.load_state_dict(read.weights)
-    model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     prototypes = _prototypes(path, read.criterion, read.state.get("config", {}), model)
     return read, model, None if prototypes is None else prototypes.to(device)
 

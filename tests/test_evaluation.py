@@ -174,20 +174,6 @@ def test_into_ball_is_within_it_exactly(epsilon, seed):
     assert (near.double() - wanted).abs().max() < 1e-6
 
 
-def test_nothing_below_float32():
-    """Inside, no mode that trades digits for speed is on; outside, all are as they were."""
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16), evaluation.exact_float32():
-            assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert not torch.backends.cudnn.deterministic
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 # ---------------------------------------------------------------- checkpoints and prototypes
 
 
