@@ -66,8 +66,13 @@ def versions():
         "torchvision": str(torchvision.__version__),
         "numpy": str(numpy.__version__),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
+        **(_gpu() if torch.cuda.is_initialized() else {}),
     }
+
+
+def _gpu():
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {"gpu": torch.cuda.get_device_name(), **{name: str(value) for name, value in versions.items()}}
 
 
 # ---------------------------------------------------------------- messages

@@ -130,3 +130,11 @@ class RareWatch(training.watch.Watch):
     def __init__(self, *args):
         super().__init__(*args)
         self.look_every = training.watch.LOOK_EVERY
+
+
+def test_the_first_batch_that_is_seen_is_looked_at_wherever_it_comes():
+    """A fused step that does nothing as the first one would leave the momentum undefined."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    watch = RareWatch(torch.optim.SGD([weight], fused=True), weight.device, print, "run.pth.tar")
+    with pytest.raises(utils.DivergenceError, match="batch 8: loss nan"):
+        watch.see({"loss": torch.tensor(torch.nan)}, 0, 7)

@@ -47,6 +47,8 @@ def train_epoch(run, forward, attack, stop):
     for index, images, labels in utils.progress(
         batches, run.batches, f"epoch {progress.epoch + 1}", progress.batch
     ):
+        # First, since in a CUDA graph gradients lie in memory that the next pass takes.
+        run.optimizer.zero_grad(set_to_none=True)
         images = data.augment(images, utils.generator(config.seed, "augment", progress.epoch, index))
         images = data.to_float(images).contiguous(memory_format=torch.channels_last)
         if attack is not None:
@@ -57,7 +59,6 @@ def train_epoch(run, forward, attack, stop):
         terms = {"loss": loss.detach(), **parts}
         run.watch.see(terms, progress.epoch, index)  # raises DivergenceError: no step follows NaN
 
-        run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         run.optimizer.step()
 

@@ -55,6 +55,7 @@ class Run:
         self.batches = data.num_batches(len(dataset.train), config.batch_size)  # of an epoch
         self.columns = ("epoch", "loss", *criterion.terms, "train_accuracy", "test_accuracy", "lr")
         self.progress = Progress()
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"  # it tries which algorithms are fastest
         self.watch = Watch(optimizer, self.device, self.say, config.save_to)
         self.began = self.saved = time.monotonic()
         self.has_checkpoint = False  # whether the checkpoint at save_to is of this run

@@ -26,15 +26,17 @@ class Watch:
         """Judge the loss terms of a batch before its step.
 
         Reading a loss waits for a GPU, so there the run ends at the next look, one in LOOK_EVERY batches, or
-        before a save; until then an optimiser with `fused` leaves the weights as they were.
+        before a save; until then an optimiser with `fused` leaves the weights as they were. The first batch
+        that is seen is looked at too: a first step that does nothing would leave the momentum undefined.
         """
         terms = {name: value.clone() for name, value in terms.items()}  # a CUDA graph overwrites its results
+        first = not self.recent
         self.recent.append((terms, epoch, batch))
         largest = torch.stack([value.abs() for value in terms.values()]).max()
         self.diverged = self.diverged | ~(largest <= RUNAWAY_STOP)  # so written, NaN is larger than anything
         if all(group.get("fused") for group in self.optimizer.param_groups):
             self.optimizer.found_inf = self.diverged.float()  # where it is 1, a fused step does nothing
-        if batch % self.look_every == 0:
+        if first or batch % self.look_every == 0:
             if self.diverged:
                 raise self.divergence()
             if not self.warned and largest > RUNAWAY_WARNING:
