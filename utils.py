@@ -216,10 +216,10 @@ def evaluating(model):
 
 
 @contextlib.contextmanager
-def answering_signals(handler):
-    """Within it `handler(signum, frame)` answers SIGINT and SIGTERM; in the main thread, others get none."""
+def answering_signals(handler, signums=(signal.SIGINT, signal.SIGTERM)):
+    """Within it `handler(signum, frame)` answers `signums`; in the main thread, others get none."""
     here = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM) if here}
+    before = {signum: signal.signal(signum, handler) for signum in signums if here}
     try:
         yield
     finally:

@@ -175,11 +175,14 @@ def begin(subject: Subject, row: str) -> tuple[training.Run, Callable, Callable]
     def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None):
         model.load_state_dict({name: subject.weights[name] for name in model.state_dict()})
         run = training.Run(config, dataset, model, criterion, optimizer, scheduler)
-        runs.append((run, training.make_forward(run), adversary and training.make_attack(run, adversary)))
+        run.say = run.watch.say = utils.say  # the script's own files are the user's
+        runs.append((run, *training.make_steps(run, adversary, utils.StopSignals())))
 
-    torch.compiler.reset()  # each row compiles for itself, as its script would
+    def nothing(*_):
+        pass
+
     given = mock.patch.object(data, "load", lambda *_, **__: dataset)
-    with given, mock.patch.multiple(training, fit=fit, start_from=lambda *_: None):
+    with given, mock.patch.multiple(training, fit=fit, **dict.fromkeys(("claim", "start_from"), nothing)):
         SCRIPTS[row].main(subject.recipe(row))
     run, forward, attack = runs[0]
 

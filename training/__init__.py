@@ -4,6 +4,6 @@
 
 from .config import RunConfig
 from .files import claim
-from .loop import accuracy, fit, make_attack, make_forward, train_epoch
+from .loop import accuracy, fit, make_attack, make_forward, make_steps, train_epoch
 from .run import Run
 from .start import start_from

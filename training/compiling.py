@@ -1,21 +1,174 @@
-"""Compiled functions, where `--compile` asks for them."""
+"""Compiled steps, where `--compile` asks for them and a rehearsal shows that they work on this machine."""
+
+import contextlib
+import functools
+import math
+import signal
+import time
 
 import torch
 
+import data
+import utils
+from cli import OUT_OF_MEMORY
 
-def compile_if_asked(function, config, device):
-    """Return `function(images, ...)`, compiled where `config.compile` is on, or is auto and `device` a GPU.
+ROUNDS = 3  # of a rehearsal: a CUDA graph is warmed up, recorded and replayed
+MINUTES = 3  # that compiling takes at depth 110: an estimate
+# Distance between a compiled and a plain result, as a share of the plain one, that is no rounding any more.
+# In bfloat16, where one kernel rounds less than several, it was seen to be 0.13 near the output of depth 110.
+DIFFERENT = 0.5
+NEAR = (
+    4  # of the last parameters gradients are compared: at the first ones of depth 110 they are all rounding
+)
+BROKEN = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
+MODES = {  # of torch.compile, best first, and what the log says of each
+    "reduce-overhead": "compiled",  # on a GPU this mode also replays whole passes as CUDA graphs
+    "default": "compiled without CUDA graphs, which costs some speed",
+    "off": "not compiled, which makes a GPU several times slower",
+}
 
-    Only full batches, doubled ones too, go through compiled code: to compile for one other size, that of an
-    epoch's last batch, would take as long again. On a CPU compiling gains nothing.
+
+def wanted(config, device):
+    """Whether to compile. On a CPU that gains nothing."""
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
+def choose(run, steps, stop):
+    """Return (forward, attack) of `steps`, compiled where `run` asks for it and a rehearsal goes well.
+
+    `steps(compiled)` makes them, `compiled` being called on each function that may be compiled. Under auto
+    what does not work here is done without, and the log says so; under on it raises UsageError. Raises
+    Interrupted where `stop` or --max-minutes asks for it meanwhile.
     """
-    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
-        return function
-    # On a GPU this mode also replays whole passes as CUDA graphs.
-    compiled = torch.compile(function, mode="reduce-overhead", dynamic=False)
+    config, plain, modes, trouble = run.config, steps(lambda function: function), list(MODES), ""
+    run.identity["compiled"] = "off"
+    _, images, labels = next(data.epoch_batches(run.dataset.train, config.batch_size))
+    if not wanted(config, run.device) or len(labels) != config.batch_size:
+        return plain
+    run.save_or_leave(stop)
+    minutes = MINUTES * run.model.depth / 110
+    utils.say(
+        f"compiling, which takes about {minutes:.1g} minutes the first time; --compile off does without"
+    )
+    while (mode := modes.pop(0)) != "off":
+        torch.compiler.reset()  # what an attempt before this one left
+        chosen = steps(functools.partial(on_full_batches, config.batch_size, mode))
+        error = error_of(run, plain[0], *chosen, images, labels)
+        if error is None:
+            break
+        run.save_or_leave(stop)
+        raise_where_nothing_helps(error, config)
+        trouble = f": {cause(error)}; --compile off tries nothing"
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            modes = ["off"]  # it was the compiler, not the capture
+    run.identity["compiled"] = mode
+    run.say(MODES[mode] + trouble)
+    return plain if mode == "off" else chosen
 
-    def on_full_batches(images, *others):
-        full = len(images) in (config.batch_size, 2 * config.batch_size)
-        return (compiled if full else function)(images, *others)
 
-    return on_full_batches
+def raise_where_nothing_helps(error, config):
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt | MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        raise error
+    if any(words in text for words in BROKEN):
+        raise utils.UsageError(f"the GPU cannot go on ({cause(error)}); try --compile off") from error
+    if config.compile == "on":
+        raise utils.UsageError(f"--compile on: {cause(error)}; --compile off does without") from error
+
+
+def cause(error):
+    return utils.printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+
+
+def on_full_batches(batch_size, mode, function):
+    """Return `function(images, ...)` compiled for full batches, doubled ones too.
+
+    To compile for one other size, that of an epoch's last batch, would take as long again.
+    """
+    compiled = torch.compile(function, mode=mode, dynamic=False)
+
+    def call(images, *others):
+        return (compiled if len(images) in (batch_size, 2 * batch_size) else function)(images, *others)
+
+    return call
+
+
+# ---------------------------------------------------------------- the rehearsal
+
+
+def error_of(run, *steps_and_batch):
+    """What a rehearsal ends with, None where all is well; the run is as it was before."""
+    try:
+        with leaving_at_once(run), as_it_was(run):
+            rehearse(run, *steps_and_batch)
+    except (Exception, KeyboardInterrupt) as error:
+        return error
+
+
+def rehearse(run, plain, forward, attack, images, labels):
+    """Go through a batch as in training, but for the optimiser; ArithmeticError unless `plain` agrees."""
+    images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+    for _ in range(ROUNDS):
+        run.optimizer.zero_grad(set_to_none=True)
+        batch, classes = images, labels
+        if attack is not None:
+            attacked = attack(images, labels, utils.generator(run.config.seed, "rehearsal"))
+            if not attacked.isfinite().all():
+                raise ArithmeticError("its attack makes NaN")
+            batch, classes = torch.cat([images, attacked]), torch.cat([labels, labels])
+        found = results(run, forward(batch, classes)[0])
+    run.optimizer.zero_grad(set_to_none=True)
+    expected = results(run, plain(batch, classes)[0])
+    for name, value in expected.items():
+        distance, comparable = (found[name] - value).norm() / value.norm(), value.isfinite().all()
+        if comparable and value.any() and not distance < DIFFERENT:  # so written, NaN is different
+            raise ArithmeticError(f"its {name} differs by {100 * distance.item():.0f} %")
+
+
+def results(run, loss):
+    """A pass's loss, the size of its gradient, and the part of it near the output, in memory of their own."""
+    loss.backward()
+    found = {"loss": loss.detach().clone()}
+    for number, group in enumerate(run.optimizer.param_groups):
+        grads = [weight.grad.float().flatten() for weight in group["params"] if weight.grad is not None]
+        found[f"gradient {number}"] = torch.cat(grads[-NEAR:])
+        found[f"gradient {number}'s size"] = torch.cat(grads).norm()
+    return found
+
+
+@contextlib.contextmanager
+def as_it_was(run):
+    """After it the run's batch norms know nothing of what went on within it, and there is no gradient."""
+    run.model.train()
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+    try:
+        yield
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+        for buffer, kept in buffers:
+            buffer.copy_(kept)  # in place: a CUDA graph knows it by its address
+
+
+@contextlib.contextmanager
+def leaving_at_once(run):
+    """Within it a signal to stop, and the end of --max-minutes, raises KeyboardInterrupt at once.
+
+    A compiler cannot be asked to stop, and nothing would be lost.
+    """
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    left = run.began + 60 * (run.config.max_minutes or math.inf) - time.monotonic()
+    alarms = (signal.SIGALRM,) if left < math.inf and hasattr(signal, "SIGALRM") else ()  # not on Windows
+
+    def leave(signum, frame):
+        if signum in handlers:
+            handlers[signum](signum, frame)  # to be known later, and to end the process at a second one
+        raise KeyboardInterrupt(signum)
+
+    with utils.answering_signals(leave, (*handlers, *alarms)):
+        if alarms:
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0) + 0.1)  # by when save_or_leave knows it too
+        try:
+            yield
+        finally:
+            if alarms:
+                signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,7 +6,7 @@ import data
 import utils
 from resnet_model import folded
 
-from .compiling import compile_if_asked
+from .compiling import choose
 from .run import Run
 
 EVAL_BATCH = 1000  # images at a time when only accuracy is asked for
@@ -24,8 +24,8 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
         run = Run(config, dataset, model, criterion, optimizer, scheduler)
         if not run.open():
             return
-        forward, attack = make_forward(run), adversary and make_attack(run, adversary)
         with utils.StopSignals() as stop:
+            forward, attack = make_steps(run, adversary, stop)
             while not run.finished:
                 train_epoch(run, forward, attack, stop)
                 run.end_epoch(accuracy(model, dataset.test) if run.measures_now else None)
@@ -68,6 +68,15 @@ def train_epoch(run, forward, attack, stop):
             run.save_or_leave(stop)
 
 
+def make_steps(run, adversary, stop):
+    """Return (forward, attack), compiled where that is asked for and works; no adversary, no attack."""
+
+    def steps(compiled):
+        return compiled(make_forward(run)), adversary and make_attack(run, adversary, compiled)
+
+    return choose(run, steps, stop)
+
+
 def make_forward(run):
     """Return the function of a batch: forward(images, labels) -> (loss, its terms, how many are right)."""
 
@@ -77,16 +86,17 @@ def make_forward(run):
         loss, parts = run.criterion(outputs, labels)
         return loss, parts, (outputs.logits.detach().argmax(1) == labels).sum()
 
-    return compile_if_asked(forward, run.config, run.device)
+    return forward
 
 
-def make_attack(run, adversary):
+def make_attack(run, adversary, compiled):
     """Return attack(images, labels, generator) -> images: the adversary's, of the network as it stands.
 
-    The adversary gets a frozen copy of the network, in eval mode and in the training precision.
+    The adversary gets a frozen copy of the network, in eval mode and in the training precision, as
+    `compiled(network)` returns it.
     """
     frozen = folded(run.model, run.dtype)
-    model_fn = compile_if_asked(frozen, run.config, run.device)
+    model_fn = compiled(frozen)
 
     def attack(images, labels, generator):
         frozen.refresh()
