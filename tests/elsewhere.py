@@ -15,7 +15,7 @@ import utils
 
 aten = torch.ops.aten
 DEVICE = torch.device("lazy")  # no real one, and like "meta" no queue of its own in autograd
-MAY_MIX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten.copy_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # by indices of the CPU too
 WAITS = []
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
 
@@ -56,24 +56,34 @@ class Everywhere(TorchDispatchMode):
 def dispatch(func, args, kwargs):
     tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
     away = any(isinstance(tensor, Elsewhere) for tensor in tensors)
-    if away and func not in MAY_MIX and any(t.dim() and not isinstance(t, Elsewhere) for t in tensors):
+    # A tensor there may be indexed by one of the CPU, but not the other way round.
+    may_mix = func is aten.copy_.default or (func in INDEXING and isinstance(args[0], Elsewhere))
+    if away and not may_mix and any(t.dim() and not isinstance(t, Elsewhere) for t in tensors):
         raise RuntimeError(f"{func}: tensors on two devices")
     to = kwargs.get("device") or (DEVICE if away else torch.device("cpu"))
     if to == DEVICE and kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: a generator of the CPU draws on {DEVICE}")
-    by_mask = func in MAY_MIX and any(tensor.dtype == torch.bool for tensor in tensors[1:])
+    by_index = func in INDEXING and any(waits_as_an_index(tensor) for tensor in tensors[1:])
     to_host = (
         func is aten.copy_.default and isinstance(args[1], Elsewhere) and not isinstance(args[0], Elsewhere)
     )
-    from_host = func is aten._to_copy.default and to == DEVICE and not (away or kwargs.get("non_blocking"))
-    if from_host or (away and (func in WAITING or to != DEVICE or by_mask or to_host)):
+    at_once = kwargs.get("non_blocking") and getattr(args[0], "pinned", False)
+    from_host = func is aten._to_copy.default and to == DEVICE and not (away or at_once)
+    if from_host or (away and (func in WAITING or to != DEVICE or by_index or to_host)):
         WAITS.append(str(func))
     here = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") == DEVICE else dict(kwargs)
-    here.pop("pin_memory", None)
+    pinned = here.pop("pin_memory", False)
     out = func(*on_cpu(args), **on_cpu(here))
+    if pinned:
+        out.pinned = True  # memory from which alone a copy need not wait
     if func._schema.is_mutable and out is not None and isinstance(args[0], Elsewhere):
         return args[0]
     return on_device(out) if to == DEVICE else out
+
+
+def waits_as_an_index(tensor):
+    """A mask has to be counted first, and an index on the CPU to be copied."""
+    return tensor.dtype == torch.bool or (tensor.dim() and not isinstance(tensor, Elsewhere))
 
 
 def on_cpu(values):

@@ -26,8 +26,9 @@ TINY = {
     "epochs": 1,
     "precision": "float32",
     "compile": "off",
+    "device": "cpu",  # what the other one is compared with; there it says nothing
 }
-EVALUATED = {"dataset": "synthetic", "limit": 3, "num_steps": 1, "random_start": True}
+EVALUATED = {"dataset": "synthetic", "device": "cpu", "limit": 3, "num_steps": 1, "random_start": True}
 EVERY_ATTACK = tuple(name for name in evaluation.ATTACKS if name != "autoattack")
 
 
@@ -56,6 +57,7 @@ def test_the_device_refuses_what_a_gpu_refuses(monkeypatch):
         for slip in (
             lambda: there + here,
             lambda: torch.where(there > 0, there, here),
+            lambda: here[there.long()],
             lambda: torch.rand(2, device=DEVICE, generator=torch.Generator()),
         ):
             with pytest.raises(RuntimeError, match=r"two devices|generator"):
@@ -63,10 +65,17 @@ def test_the_device_refuses_what_a_gpu_refuses(monkeypatch):
         WAITS.clear()
         there.requires_grad_().square().sum().backward()
         assert not WAITS and there.grad.tolist() == [2.0] * 3
-        for wait in (there.sum().item, there.cpu, lambda: there[there > 0], lambda: bool(there.any())):
+        pinned = torch.ones(3, pin_memory=True)
+        for wait, waits in (
+            *((there.sum().item, True), (there.cpu, True), (lambda: bool(there.any()), True)),
+            *((lambda: there[there > 0], True), (lambda: there[here.long()], True)),
+            (lambda: there[torch.zeros(2, dtype=torch.int64, device=DEVICE)], False),
+            *((lambda: here.to(DEVICE), True), (lambda: here.to(DEVICE, non_blocking=True), True)),
+            *((lambda: pinned.to(DEVICE), True), (lambda: pinned.to(DEVICE, non_blocking=True), False)),
+        ):
             WAITS.clear()
             wait()
-            assert WAITS
+            assert bool(WAITS) == waits
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -116,10 +125,10 @@ def test_every_attack_and_report_works_there_as_on_the_cpu(trained, tmp_path, mo
 def test_prototypes_and_features_are_read_there(trained, tmp_path, monkeypatch):
     checkpoints, picture = (str(trained[1]),), tmp_path / "features.png"
     results = {"checkpoints": checkpoints, "results": str(tmp_path / "r.json")}
-    options = {"dataset": "synthetic", "limit": 12, "num_steps": 2, "batch_size": 7, "picture": str(picture)}
+    options = {"limit": 12, "num_steps": 2, "batch_size": 7, "picture": str(picture)}
     with only_device(monkeypatch):
         robustness.main(
             robustness.Config(**EVALUATED, batch_size=2, attacks=("pgd",), predict="prototype", **results)
         )
-        plot_features.main(plot_features.Config(**options, checkpoints=checkpoints))
+        plot_features.main(plot_features.Config(**{**EVALUATED, **options}, checkpoints=checkpoints))
     assert picture.stat().st_size > 1000
