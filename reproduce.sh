@@ -19,6 +19,7 @@ checkpoints=(
     Models_PCL/CIFAR10_PCL_AdvTrain_FGSM.pth.tar
     Models_PCL/CIFAR10_PCL_AdvTrain_PGD.pth.tar
 )
+cache=compiled  # where torch.compile keeps what it has made, in slices: the next one need not wait for it
 grace=30  # seconds at most that a script may take to save, once told to stop
 
 unfinished() { # CHECKPOINT ...
@@ -38,6 +39,11 @@ carry() { # whatever ended the slice
             cp -p "$found" "$folder/$found.part" && mv "$folder/$found.part" "$folder/$found"
         done
     done
+    if [ -d "$cache" ]; then
+        mkdir -p "$folder" && rm -rf "$folder/$cache.part"
+        cp -rp "$cache" "$folder/$cache.part" && rm -rf "$folder/$cache"
+        mv "$folder/$cache.part" "$folder/$cache"
+    fi
     large=$(find "$folder" -type f -size +16M 2> /dev/null) || true
     [ -z "$large" ] || echo "over 16 MB: $large" >&2
 }
@@ -67,6 +73,7 @@ stage() { # SCRIPT CHECKPOINT
 
 if [ -n "$minutes" ]; then
     limit=$("$PYTHON" -c 'import sys; print(round(60 * float(sys.argv[1])))' "$minutes")
+    export TORCHINDUCTOR_CACHE_DIR=$PWD/$cache
     trap carry EXIT
     [ ! -d "$folder" ] || cp -rpu "$folder/." .
     todo=$(unfinished "${checkpoints[@]}")

@@ -141,3 +141,19 @@ def test_a_slice_too_short_to_begin_a_stage_in_loses_nothing(python, tmp_path):
     for folder in (machine, carried):
         assert checkpoints.load(folder / first)["epoch"] == 3
         assert checkpoints.load(folder / second)["epoch"] == 2
+
+
+def test_what_was_compiled_is_carried_to_the_next_machine(tmp_path):
+    """By an interpreter that does nothing but add its folder to a file in the compiler's cache."""
+    python, lists = tmp_path / "python", []
+    python.write_text(
+        "#!/bin/bash\n"
+        '[ "$1" != -c ] || { echo 60; exit; }\n'
+        'mkdir -p "$TORCHINDUCTOR_CACHE_DIR/deep"; pwd >> "$TORCHINDUCTOR_CACHE_DIR/deep/kernels"\n'
+    )
+    python.chmod(0o755)
+    for name in ("first", "second"):
+        assert reproduce(python, tmp_path / name, 1, tmp_path / "carried") == "complete"
+        lists.append((tmp_path / "carried" / "compiled" / "deep" / "kernels").read_text().splitlines())
+    assert [len(names) for names in lists] == [1, 2] and lists[1][0] == lists[0][0] != lists[1][1]
+    assert not list((tmp_path / "carried").glob("*.part"))
