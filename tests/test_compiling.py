@@ -88,7 +88,9 @@ def raising(error):
     return action
 
 
-def compiler(monkeypatch, *, before=None, after=None, backward=None, at=0, modes=tuple(compiling.MODES)):
+def compiler(
+    monkeypatch, *, before=None, after=None, backward=None, attack=None, at=0, modes=compiling.MODES
+):
     """Have torch.compile return functions with a fault, from call `at` on; return the modes tried."""
     tried = []
 
@@ -105,6 +107,8 @@ def compiler(monkeypatch, *, before=None, after=None, backward=None, at=0, modes
                 after()
             if broken and backward and isinstance(out, tuple):
                 out = (Backward.apply(out[0], backward), *out[1:])
+            if broken and attack and not isinstance(out, tuple):
+                out = Backward.apply(out, attack)
             return out
 
         return call
@@ -121,6 +125,7 @@ FAULTS = {
     "a gradient of 0": {"backward": torch.zeros_like},
     "a doubled gradient": {"backward": lambda gradient: 2 * gradient},
     "NaN": {"backward": lambda gradient: torch.nan * gradient},
+    "the attack": {"attack": lambda gradient: torch.nan * gradient},
 }
 
 
@@ -135,6 +140,7 @@ def test_what_does_not_work_is_done_without(fault, as_on_a_gpu, plain, stage_1, 
     state = checkpoints.load(path)
     (line,) = (line for line in state["log"] if "compiled" in line)
     cause = "capture failed in two lines" if "raising" in str(FAULTS[fault]) else "differs by"
+    cause = "its attack differs by 100 %" if fault == "the attack" else cause
     assert line.startswith("not compiled, which makes a GPU several times slower: ") and cause in line
     assert line.endswith("--compile off tries nothing") and line in said and state["compiled"] == "off"
     code, _, said = train(path, stage_1, "on", "--overwrite")

@@ -53,7 +53,7 @@ def choose(run, steps, stop):
     while (mode := modes.pop(0)) != "off":
         torch.compiler.reset()  # what an attempt before this one left
         chosen = steps(functools.partial(on_full_batches, config.batch_size, mode))
-        error = error_of(run, plain[0], *chosen, images, labels)
+        error = error_of(run, plain, chosen, images, labels)
         if error is None:
             break
         run.save_or_leave(stop)
@@ -61,6 +61,7 @@ def choose(run, steps, stop):
         trouble = f": {cause(error)}; --compile off tries nothing"
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             modes = ["off"]  # it was the compiler, not the capture
+        del error  # and with it what the attempt still has in memory
     run.identity["compiled"] = mode
     run.say(MODES[mode] + trouble)
     return plain if mode == "off" else chosen
@@ -105,20 +106,27 @@ def error_of(run, *steps_and_batch):
         return error
 
 
-def rehearse(run, plain, forward, attack, images, labels):
-    """Go through a batch as in training, but for the optimiser; ArithmeticError unless `plain` agrees."""
+def rehearse(run, plain, compiled, images, labels):
+    """Go through a batch as in training, but for the optimiser; ArithmeticError unless both agree.
+
+    `plain` and `compiled` are each (forward, attack).
+    """
     images = data.to_float(images).contiguous(memory_format=torch.channels_last)
+    (forward, attack), batch, classes = compiled, images, labels
     for _ in range(ROUNDS):
         run.optimizer.zero_grad(set_to_none=True)
-        batch, classes = images, labels
         if attack is not None:
             attacked = attack(images, labels, utils.generator(run.config.seed, "rehearsal"))
-            if not attacked.isfinite().all():
-                raise ArithmeticError("its attack makes NaN")
             batch, classes = torch.cat([images, attacked]), torch.cat([labels, labels])
         found = results(run, forward(batch, classes)[0])
     run.optimizer.zero_grad(set_to_none=True)
-    expected = results(run, plain(batch, classes)[0])
+    expected = results(run, plain[0](batch, classes)[0])
+    if (
+        attack is not None
+    ):  # how far it goes: where to is, in a deep network in bfloat16, a matter of rounding
+        found["attack"] = (attacked - images).abs().mean()
+        attacked = plain[1](images, labels, utils.generator(run.config.seed, "rehearsal"))
+        expected["attack"] = (attacked - images).abs().mean()
     for name, value in expected.items():
         distance, comparable = (found[name] - value).norm() / value.norm(), value.isfinite().all()
         if comparable and value.any() and not distance < DIFFERENT:  # so written, NaN is different
@@ -126,7 +134,7 @@ def rehearse(run, plain, forward, attack, images, labels):
 
 
 def results(run, loss):
-    """A pass's loss, the size of its gradient, and the part of it near the output, in memory of their own."""
+    """What a pass comes to, in memory of its own: its loss, the size of its gradient, and a part of that."""
     loss.backward()
     found = {"loss": loss.detach().clone()}
     for number, group in enumerate(run.optimizer.param_groups):
