@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check
 
-Trains on noise with fresh weights, and reads and writes no file of yours. It asks that no step waits for the
-GPU but where the loss is looked at, that nothing is compiled twice or kept out of a CUDA graph, and that
-compiled and plain steps learn the same; then it times training and evaluation beside the textbook way.
-`--device cpu` tries the check itself; `--depth 110` takes the released network, and some ten minutes.
+It trains on noise with fresh weights, and reads and writes no file of yours. No step may wait for the GPU but
+where the loss is looked at, nothing may be compiled twice or kept out of a CUDA graph, compiled and plain
+training must learn the same, and evaluation must compute in float32. Then it times both beside the plain way.
+`--device cpu` tries the check itself; `--depth 110`, the released network, takes ten minutes.
 """
 
 import contextlib
@@ -20,12 +20,15 @@ import torch
 from torch._dynamo.utils import counters
 
 import cli
+import data
+import evaluation
 import utils
 from benchmarks import ours, throughput, timing
 from cli import Count, Depth
 
 ROWS = ("stage1", "stage2", "stage2_pgd", "pgd")  # what is timed
 TRAINED = ("stage2", "stage2_pgd")  # what is trained step by step
+MORE_ROUNDING = 30  # times as far from float64 a GPU may be as a CPU; TF32 is a thousand times
 SAME_LOSS_PERCENT = 5.0  # by so much mean losses may differ that bfloat16 rounds in different places
 
 
@@ -91,6 +94,25 @@ def allow_waiting(device: torch.device, allowed: bool) -> None:
         torch.cuda.set_sync_debug_mode("default" if allowed else "error")
 
 
+def evaluates_exactly(subject: ours.Subject) -> str:
+    """Logits and gradients of evaluation: the same twice, and as near to float64 as those of a CPU."""
+    images, far = data.to_float(subject.dataset.test.images[:16]), {}
+
+    def computed(device, dtype):
+        model, pixels = subject.model().eval().to(device, dtype), images.to(device, dtype).requires_grad_()
+        with evaluation.exact_float32():
+            logits = model.logits(pixels)
+            return torch.cat([logits.flatten(), torch.autograd.grad(logits.sum(), pixels)[0].flatten()]).cpu()
+
+    exact, twice = computed("cpu", torch.float64), [computed(subject.device, torch.float32) for _ in range(2)]
+    for name, values in ((str(subject.device), twice[0]), ("cpu", computed("cpu", torch.float32))):
+        far[name] = ((values - exact).norm() / exact.norm()).item()
+    found = ", ".join(f"{name} {distance:.1e}" for name, distance in far.items()) + " from float64"
+    assert torch.equal(*twice), f"not the same twice; {found}"
+    assert far[str(subject.device)] < MORE_ROUNDING * far["cpu"], found
+    return found
+
+
 # ---------------------------------------------------------------- how fast it is
 
 
@@ -147,6 +169,7 @@ def main(config: Config) -> None:
         part(f"{throughput.title(row, settings)}, {config.steps} steps", lambda row=row: learns(subject, row))
         for row in TRAINED
     ]
+    wells.append(part("Evaluation computes in float32", lambda: evaluates_exactly(subject)))
     wells.append(part("Speed beside the textbook way", lambda: speeds(timed)))
     wells.append(part("Evaluation under PGD in both memory orders", lambda: orders(timed)))
     if not all(wells):

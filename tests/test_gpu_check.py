@@ -22,7 +22,14 @@ def test_a_page_that_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "allow_waiting", lambda device, value: allowed.append(value))
     code, said, _ = run(gpu_check, *SMALL)
     assert code == 0 and not list(tmp_path.iterdir()), said
-    for words in ("torch: 2", "stage 2 + PGD-1, 3 steps", "mean loss", "evaluation, PGD-1", "channels_last"):
+    for words in (
+        "torch: 2",
+        "stage 2 + PGD-1, 3 steps",
+        "mean loss",
+        "from float64",
+        "evaluation, PGD-1",
+        "channels_last",
+    ):
         assert words in said
     assert said.count("off; graphs skipped 0, compiled anew 0") == 2 and "(0.00 %)" in said
     # In each of four epochs, twice trained: allowed, at each of 3 looks allowed and then forbidden, allowed.
@@ -35,11 +42,10 @@ def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
 
     monkeypatch.setattr(gpu_check, "speeds", speeds)
     monkeypatch.setattr(gpu_check, "SAME_LOSS_PERCENT", 0.0)
+    monkeypatch.setattr(gpu_check, "MORE_ROUNDING", 1)
     code, said, complaint = run(gpu_check, *SMALL)
-    assert code == 1 and "3 parts failed; please paste" in complaint
-    assert (
-        said.count("FAILED, AssertionError: off; ") == 2 and "FAILED, RuntimeError: no kernel image" in said
-    )
+    assert code == 1 and "4 parts failed; please paste" in complaint
+    assert said.count("FAILED, AssertionError: ") == 3 and "FAILED, RuntimeError: no kernel image" in said
     assert "channels_last" in said
 
 
