@@ -37,4 +37,4 @@ def memory_format(device):
 
     On a CPU that is channels-last. cuDNN has its fast float32 kernels for the plain order.
     """
-    return torch.contiguous_format if device.type == "cuda" else torch.channels_last
+    return torch.contiguous_format if torch.device(device).type == "cuda" else torch.channels_last

@@ -100,6 +100,7 @@ def test_the_memory_order_of_evaluation(monkeypatch, tmp_path):
     plain, last = torch.contiguous_format, torch.channels_last
     rule = exact.memory_format
     assert [rule(torch.device(name)) for name in ("cpu", "cuda", "cuda:1")] == [last, plain, plain]
+    assert [rule("cpu"), rule("cuda:1")] == [last, plain]  # as `classifier` may be called
     torch.manual_seed(0)
     torch.save({"state_dict": resnet(10, 8).state_dict()}, tmp_path / "weights.pth")
     trial, split, found = (
