@@ -59,7 +59,7 @@ def choose(run, steps, stop):
         run.save_or_leave(stop)
         raise_where_nothing_helps(error, config)
         trouble = f": {cause(error)}; --compile off tries nothing"
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
             modes = ["off"]  # it was the compiler, not the capture
         del error  # and with it what the attempt still has in memory
     run.identity["compiled"] = mode
@@ -173,7 +173,7 @@ def leaving_at_once(run):
         raise KeyboardInterrupt(signum)
 
     with utils.answering_signals(leave, (*handlers, *alarms)):
-        if alarms:
+        if alarms and signal.getsignal(*alarms) is leave:  # not so outside the main thread
             signal.setitimer(signal.ITIMER_REAL, max(left, 0) + 0.1)  # by when save_or_leave knows it too
         try:
             yield
