@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 import cli
+import distributed
 import utils
 from resnet_model import clean_state_dict, network_of
 from utils import CheckpointError, Fault, FileSystemError, UsageError
@@ -71,6 +72,7 @@ def exists(path):
     return Path(path).exists() or previous_of(path).exists()
 
 
+@distributed.first_rank
 def save(state, path, keep_previous=True):
     """Write `state` (tensors, plain Python) to `path` atomically, after a check of what reached the disk.
 

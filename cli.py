@@ -23,6 +23,7 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 
 import torch
 
+import distributed
 from utils import LONGEST_LINE, UsageError, answering_signals, printable, silence_stdout
 
 TORCH_FLOOR = (2, 10)  # as in requirements.txt
@@ -66,6 +67,7 @@ def run(main, config_class):
     """
 
     def command(argv):
+        distributed.begin()
         config = parse_config(config_class, argv)
         keep_freed_memory()
         try:
@@ -98,10 +100,11 @@ def leave_with_status(command):
         check_versions()
         with answering_signals(_interrupt):
             command(argv)
+        distributed.end()
     except SystemExit as end:  # --help
         status = end.code
     except (Exception, KeyboardInterrupt) as error:
-        status, message = describe_error(error)
+        status, message = distributed.last_words(*describe_error(error), error)
         if "--debug" in sys.argv:
             traceback.print_exc()
     with contextlib.suppress(OSError, ValueError):  # closed

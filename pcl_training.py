@@ -26,6 +26,7 @@ import torch
 
 import cli
 import data
+import distributed
 import training
 import utils
 from cli import Count, Depth, Layers, Milestones, Momentum, NotNegative, Positive, Whole
@@ -66,9 +67,10 @@ def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
-    dataset = data.load(
-        config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
-    )
+    with distributed.one_first():  # which may download
+        dataset = data.load(
+            config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
+        )
     model = resnet(len(dataset.classes), config.depth, config.aux_dim, config.fc_dim).to(device)
     training.start_from(model, config, dataset)
     criterion = PrototypeConformityLoss(

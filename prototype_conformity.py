@@ -45,7 +45,8 @@ class PrototypeConformityLoss(nn.Module):
 
     def forward(self, outputs, labels):
         """Return (loss, its terms before weighting, detached), means over the N images of a batch."""
-        loss = F.cross_entropy(outputs.logits.float(), labels)
+        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, labels)
         parts = {"cross_entropy": loss.detach()}
         if self.proximity:
             pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())

@@ -220,7 +220,7 @@ class Folded(nn.Module):
                 self.linears.append((copied.to(dtype), module))
             for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
                 norm = getattr(module, norm_name, None)
-                if isinstance(norm, nn.BatchNorm2d):
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # torch's synchronised one too
                     self.folds.append((getattr(module, conv_name), norm))
                     convs.append(getattr(copied, conv_name))
                     setattr(copied, norm_name, nn.Identity())

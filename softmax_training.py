@@ -22,6 +22,7 @@ import torch
 
 import cli
 import data
+import distributed
 import training
 import utils
 from cli import Count, Depth, Factor, Milestones, Momentum, NotNegative, Positive, Whole
@@ -52,9 +53,10 @@ def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
-    dataset = data.load(
-        config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
-    )
+    with distributed.one_first():  # which may download
+        dataset = data.load(
+            config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
+        )
     model = resnet(len(dataset.classes), config.depth, fc_dim=config.fc_dim).to(device)
     criterion = PrototypeConformityLoss(len(dataset.classes), {})  # no feature: cross-entropy alone
     network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}

@@ -20,6 +20,8 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+import distributed
+
 LONGEST_LINE = 2000  # characters of a line that is printed
 TELL_EVERY = 60.0  # seconds between lines of progress
 
@@ -84,6 +86,7 @@ def printable(text, longest=300):
     return shown if len(shown) <= longest else f"{shown[: longest // 2 - 10]} ... {shown[-longest // 2 :]}"
 
 
+@distributed.first_rank
 def say(text="", log_path=None):
     """Print lines at once, and append them to `log_path`. A closed stdout (`| head`) stops nothing."""
     text = "\n".join(printable(line, LONGEST_LINE) for line in text.split("\n"))
@@ -96,6 +99,7 @@ def say(text="", log_path=None):
         note(text, log_path)
 
 
+@distributed.first_rank
 def note(line, log_path):
     """Append a line to a log; FileSystemError when the file system refuses."""
     refusing, encoding = _refusing(log_path, "not written ({}); free some space"), "utf-8"
@@ -114,9 +118,9 @@ def silence_stdout():
 def progress(iterable, total, description, initial=0):
     """Return an iterable that shows how far it is: a bar, or a line a minute where stderr is no terminal."""
     description = printable(description, 60)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not distributed.rank:
         return tqdm(iterable, total=total, initial=initial, desc=description, leave=False)
-    return _told_each_minute(iterable, total, description, initial)
+    return iterable if distributed.rank else _told_each_minute(iterable, total, description, initial)
 
 
 def _told_each_minute(iterable, total, description, initial):
@@ -135,7 +139,7 @@ def _told_each_minute(iterable, total, description, initial):
 
 def select_device(name):
     """Return the torch.device for `auto`, `cpu`, `cuda`, `cuda:1`, ...; say what `auto` chose."""
-    if name == "auto":
+    if (name := distributed.own_device(name, UsageError)) == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         threads = f"{torch.get_num_threads()} threads"
         say(f"device: {device} ({threads if device.type == 'cpu' else torch.cuda.get_device_name()})")
@@ -216,7 +220,7 @@ def evaluating(model):
 
 
 @contextlib.contextmanager
-def answering_signals(handler, signums=(signal.SIGINT, signal.SIGTERM)):
+def answering_signals(handler, signums=distributed.SIGNALS):
     """Within it `handler(signum, frame)` answers `signums`; in the main thread, others get none."""
     here = threading.current_thread() is threading.main_thread()
     before = {signum: signal.signal(signum, handler) for signum in signums if here}
@@ -228,7 +232,10 @@ def answering_signals(handler, signums=(signal.SIGINT, signal.SIGTERM)):
 
 
 class StopSignals(contextlib.ExitStack):
-    """Within it SIGINT and SIGTERM ask for a stop (`received`); a second one ends the process at once."""
+    """Within it SIGINT, SIGTERM and SIGUSR1 ask for a stop (`received`); a second one ends the process.
+
+    Not a rank of several, which may get one of its own and one that torchrun passes on.
+    """
 
     received = None
 
@@ -237,7 +244,7 @@ class StopSignals(contextlib.ExitStack):
         return self
 
     def _handle(self, signum, frame):
-        if self.received is not None:
+        if self.received is not None and distributed.world == 1:
             os._exit(128 + signum)
         self.received = signum
 
@@ -275,6 +282,7 @@ def prepare_output(path):
         probe.unlink()
 
 
+@distributed.first_rank
 def claim(outputs, may_replace, remedy):
     """Prove, before any work, that a run can write all its `outputs` and replaces no file of anybody else's.
 
@@ -333,6 +341,9 @@ def hold(path):
 
     Raises FileSystemError when another process holds it. Where the file system cannot lock, nothing is held.
     """
+    if distributed.rank:
+        yield
+        return
     lock = Path(f"{followed(path)}.lock")
     with _refusing(path, "cannot write there ({}); choose another path"):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -387,6 +398,7 @@ def write_bytes(path, content):
         os.fsync(file.fileno())
 
 
+@distributed.first_rank
 def write_text(path, text):
     """Write a text file atomically; what UTF-8 has no code for (names of files) is written as \\udcff."""
     with replacing(path) as temporary:

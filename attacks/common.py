@@ -37,8 +37,9 @@ def random_streams(generator, count):
     So an image's random numbers depend neither on its batch nor on the number of restarts.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    seeds = torch.randint(2**32, (count,), generator=generator, device=generator.device)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    first = getattr(generator, "first", 0)  # of a rank's images within the batch
+    seeds = torch.randint(2**32, (first + count,), generator=generator, device=generator.device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds[first:].tolist()]
 
 
 def uniform(streams, shape, images):

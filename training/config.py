@@ -7,6 +7,7 @@ from typing import Literal
 
 import checkpoints
 import data
+import distributed
 from cli import Count, Positive, Seed, Whole
 from utils import UsageError
 
@@ -32,11 +33,13 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: Seed = 0
+    sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower, and uncompiled
 
     @property
     def resumes(self):
         """Whether there is a run to go on with, which has weights and prototypes of its own."""
-        return self.resume and checkpoints.exists(self.save_to)
+        asked = self.resume or distributed.restarted(self.save_to)
+        return asked and checkpoints.exists(self.save_to)
 
     @property
     def log_path(self):

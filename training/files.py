@@ -5,15 +5,23 @@ from pathlib import Path
 
 import checkpoints
 import cli
+import distributed
 import utils
-from utils import CheckpointError
+from utils import CheckpointError, UsageError
 
 
 def claim(config):
     """Prove, before any work, that a run can write its files and that none is anybody else's.
 
-    Raises FileSystemError, and CheckpointError for a checkpoint to resume that cannot be read.
+    Raises FileSystemError, CheckpointError for a checkpoint to resume that cannot be read, and UsageError for
+    ranks that cannot work on one run.
     """
+    options = {**cli.config_dict(config), "data_dir": None, "resumes": config.resumes}
+    distributed.check_same("options", options, UsageError)
+    if config.batch_size < distributed.world:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: fewer images than the {distributed.world} ranks; begin fewer"
+        )
     with utils.hold(config.save_to), utils.hold(config.log_path):
         if not config.resumes:
             return claim_files(config)

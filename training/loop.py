@@ -3,6 +3,7 @@
 import torch
 
 import data
+import distributed
 import utils
 from resnet_model import folded
 
@@ -30,11 +31,11 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
                 train_epoch(run, forward, attack, stop)
                 run.end_epoch(accuracy(model, dataset.test) if run.measures_now else None)
                 run.save_or_leave(stop)
-    utils.say(f"finished: {config.save_to}, sha256 {utils.sha256(config.save_to)}")
-    if stop.received:
-        raise utils.Interrupted(
-            stop.received, f"told to stop in its last epoch; {config.save_to} is finished"
-        )
+    if not distributed.rank:
+        utils.say(f"finished: {config.save_to}, sha256 {utils.sha256(config.save_to)}")
+    (signum,) = distributed.agree(stop.received or 0)
+    if signum:
+        raise utils.Interrupted(signum, f"told to stop in its last epoch; {config.save_to} is finished")
 
 
 def train_epoch(run, forward, attack, stop):
@@ -49,11 +50,14 @@ def train_epoch(run, forward, attack, stop):
     ):
         # First, since in a CUDA graph gradients lie in memory that the next pass takes.
         run.optimizer.zero_grad(set_to_none=True)
+        count = len(labels)
         images = data.augment(images, utils.generator(config.seed, "augment", progress.epoch, index))
+        images, labels = distributed.part(images), distributed.part(labels)
         images = data.to_float(images).contiguous(memory_format=torch.channels_last)
         if attack is not None:
-            attacked = attack(images, labels, utils.generator(config.seed, "attack", progress.epoch, index))
-            images, labels = torch.cat([images, attacked]), torch.cat([labels, labels])
+            draws = utils.generator(config.seed, "attack", progress.epoch, index)
+            attacked = attack(images, labels, distributed.part_of(draws, count))
+            images, labels, count = torch.cat([images, attacked]), torch.cat([labels, labels]), 2 * count
 
         loss, parts, correct = forward(images, labels)
         terms = {"loss": loss.detach(), **parts}
@@ -62,14 +66,23 @@ def train_epoch(run, forward, attack, stop):
         loss.backward()
         run.optimizer.step()
 
-        progress.count(terms, correct, len(labels))
+        progress.count(terms, correct, count)
         progress.batch = index + 1
         if progress.batch < run.batches:
             run.save_or_leave(stop)
 
 
 def make_steps(run, adversary, stop):
-    """Return (forward, attack), compiled where that is asked for and works; no adversary, no attack."""
+    """Return (forward, attack), compiled where that is asked for and works; no adversary, no attack.
+
+    Several ranks compile nothing; each takes its part of a batch, and what forward returns is about the whole.
+    """
+
+    if distributed.world > 1:
+        from .parallel import parallel  # it imports torch.distributed
+
+        forward = parallel(make_forward(run), run)  # first: it may replace batch norms
+        return forward, adversary and make_attack(run, adversary, lambda network: network)
 
     def steps(compiled):
         return compiled(make_forward(run)), adversary and make_attack(run, adversary, compiled)
@@ -111,8 +124,12 @@ def make_attack(run, adversary, compiled):
 def accuracy(model, split):
     """Return the accuracy in percent on `split`: float32 (TF32 on a GPU), eval mode, argmax of the logits."""
     correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    distributed.take_over(
+        model.buffers()
+    )  # without synchronised batch norm ranks have statistics of their own
     with utils.evaluating(model):
         for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
+            images, labels = distributed.part(images), distributed.part(labels)
             images = data.to_float(images).contiguous(memory_format=torch.channels_last)
             correct += (model.logits(images).argmax(1) == labels).sum()
-    return 100 * correct.item() / len(split)
+    return 100 * distributed.total(correct).item() / len(split)

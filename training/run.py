@@ -9,8 +9,9 @@ import torch
 
 import checkpoints
 import data
+import distributed
 import utils
-from utils import CheckpointError
+from utils import CheckpointError, DataError
 
 from . import files
 from .identity import check_identity, identity_of
@@ -52,6 +53,7 @@ class Run:
         self.parts = dict(zip(names, (model, criterion, optimizer, scheduler), strict=True))
         self.dtype = utils.select_precision(config.precision, self.device)
         self.identity = identity_of(config, dataset, model, str(self.dtype).removeprefix("torch."))
+        distributed.check_same("data", self.identity["data"], DataError)
         self.batches = data.num_batches(len(dataset.train), config.batch_size)  # of an epoch
         self.columns = ("epoch", "loss", *criterion.terms, "train_accuracy", "test_accuracy", "lr")
         self.progress = Progress()
@@ -86,10 +88,11 @@ class Run:
 
     def headlines(self):
         """The first lines of a log: what is trained on what, and the columns."""
+        ranks = f" in {distributed.world} ranks" if distributed.world > 1 else ""
         dataset, parameters = self.dataset, sum(p.numel() for p in self.model.parameters())
         return (
             f"{self.identity['script']}: depth {self.model.depth}, {parameters:,} parameters, "
-            f"{self.identity['precision']} on {self.device}; {len(dataset.train):,} training and "
+            f"{self.identity['precision']} on {self.device}{ranks}; {len(dataset.train):,} training and "
             f"{len(dataset.test):,} {dataset.tested} images of {dataset.name}; seed {self.config.seed}",
             "  ".join(name.rjust(9) for name in self.columns),
         )
@@ -152,14 +155,17 @@ class Run:
     def save_or_leave(self, stop):
         """Save when it is time to; when a signal or --max-minutes asks for a stop, save and leave."""
         config, progress, now = self.config, self.progress, time.monotonic()
-        if (stop.received or now - self.began > 60 * (config.max_minutes or math.inf)) and not self.finished:
+        late = now - self.began > 60 * (config.max_minutes or math.inf)
+        # An ended epoch is saved already.
+        due = progress.batch and now - self.saved > 60 * (config.save_every_minutes or math.inf)
+        signum, late, due = distributed.agree(stop.received or 0, late, due)
+        if (signum or late) and not self.finished:
             message = f"stopped at {progress.place}; saved to {config.save_to}, --resume goes on"
             progress.log.append(message)
             self.save()
             utils.note(message, config.log_path)
-            raise utils.Interrupted(stop.received, message)
-        # An ended epoch is saved already.
-        if progress.batch and now - self.saved > 60 * (config.save_every_minutes or math.inf):
+            raise utils.Interrupted(signum, message)
+        if due:
             self.save()
 
     def save(self):
@@ -169,6 +175,7 @@ class Run:
         state = {**self.identity, **vars(self.progress), "finished": self.finished, **states}
         keep_previous = self.has_checkpoint and not self.finished
         checkpoints.save(state, self.config.save_to, keep_previous=keep_previous)
+        distributed.note_save(self.config.save_to)
         self.has_checkpoint, self.saved = True, time.monotonic()
         utils.write_text(self.config.metrics_path, utils.csv_text(self.columns, self.progress.history))
 
