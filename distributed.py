@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import signal
 import time
 from datetime import timedelta
@@ -32,6 +33,7 @@ def begin():
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     _store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    _store.set(f"at {rank}", f"{platform.node()} {os.getpid()}")
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
@@ -196,13 +198,27 @@ def last_words(status, message, error):
 
 
 def _missing():
-    """The ranks that do not say that they are here."""
+    """The ranks that have ended without a word."""
     deadline = time.monotonic() + ROLL_CALL
-    while gone := [number for number in range(world) if not _store.check([f"here {number}"])]:
-        if time.monotonic() > deadline:
+    while silent := [number for number in range(world) if not _store.check([f"here {number}"])]:
+        # One that waits for a rank on a third machine is silent, too.
+        gone = [number for number in silent if _process_ended(number, time.monotonic() > deadline)]
+        if gone or time.monotonic() > deadline:
             return gone
         time.sleep(0.05)
     return []
+
+
+def _process_ended(number, elsewhere):
+    """Whether the process of a rank is no more; `elsewhere` is what is said of one on another machine."""
+    machine, pid = _store.get(f"at {number}").decode().split()
+    if machine != platform.node():
+        return elsewhere
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def _tell_torchrun(error):

@@ -32,6 +32,7 @@ from typing import Literal
 import checkpoints
 import cli
 import data
+import distributed
 import evaluation
 import utils
 from cli import Count, Epsilon, JsonFile, NotNegative, Positive, Seed, StepSize, Whole
@@ -118,16 +119,24 @@ def checkpoints_of(config) -> list[str]:
 
 def main(config: Config) -> None:
     config.check()
+    distributed.check_same("options", {**cli.config_dict(config), "data_dir": None}, utils.UsageError)
+    if distributed.restarted(files.partial(config)):
+        config = dataclasses.replace(config, resume=True)
     paths = checkpoints_of(config)
     if "autoattack" in config.attacks:
         autoattack.find()
     with utils.hold(config.results):
         results = prepare(config, paths)
-        if results.resume():
+        finished = results.resume()
+        distributed.check_same(
+            "data or files", {**results.identity(), "done": results.done()}, utils.DataError
+        )
+        if finished:
             return utils.say(f"{config.results} is finished already; --overwrite starts anew")
         evaluation.measure_all(results)
-        report.publish(results)
-        results.path.unlink(missing_ok=True)
+        if not distributed.rank:
+            report.publish(results)
+            results.path.unlink(missing_ok=True)
 
 
 def prepare(config: Config, paths: list[str]) -> evaluation.Results:
@@ -139,7 +148,8 @@ def prepare(config: Config, paths: list[str]) -> evaluation.Results:
     size = config.batch_size or (500 if device.type == "cuda" else 100)
     config = dataclasses.replace(config, batch_size=size)
     select = {"limit": config.limit, "holdout": config.holdout, "device": device, "splits": ("test",)}
-    dataset = data.load(config.dataset, config.data_dir, **select)
+    with distributed.one_first():  # which may download
+        dataset = data.load(config.dataset, config.data_dir, **select)
     targets = [evaluation.load_target(path, device, dataset.classes, config.predict) for path in paths]
     for target in targets:
         checkpoints.check_holdout(target.origin, target.path, dataset)

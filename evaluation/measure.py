@@ -7,9 +7,11 @@ import torch
 
 import attacks
 import data
+import distributed
 import utils
 
 from .exact import exact_float32, memory_format
+from .outcome import Outcome
 
 SAVE_EVERY = 60.0  # seconds between saves of what is done
 
@@ -66,25 +68,31 @@ def check_scores(logits, labels, path):
 def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
     """Try `trial` on `split` block by block from where `outcome` stands; yield after each, it extended.
 
+    Several ranks take a block each at a time.
     With `keep_in`, a folder, each block's images are kept there. Raises ValueError as `attack_block` does,
     and CheckpointError as `check_scores` does.
     """
     split = trial.of(split)
     if keep_in is not None and not len(outcome):
         for old in Path(keep_in).glob("*.pt"):  # of other settings, whose blocks may be others
-            old.unlink()
-    for start in range(len(outcome), len(split), batch_size):
-        began = time.monotonic()
-        images, attacked, labels, zeros = attack_block(target, trial, split, start, batch_size, seed)
-        with exact_float32(), torch.no_grad():
-            logits = target.logits(attacked)
-        if trial.attack is None:
-            check_scores(logits, labels, target.path)
-        outcome.extend(images, attacked, labels, logits, zeros)
-        if keep_in is not None:
-            block = {"index": start, "labels": labels, "predicted": logits.argmax(1)}
-            _keep_block(keep_in, {**block, "images": images, "adversarial": attacked})
-        outcome.seconds += time.monotonic() - began
+            old.unlink(missing_ok=True)
+        distributed.agree(0)
+    for first in range(len(outcome), len(split), distributed.world * batch_size):
+        start, block = first + distributed.rank * batch_size, Outcome()
+        if start < len(split):
+            began = time.monotonic()
+            images, attacked, labels, zeros = attack_block(target, trial, split, start, batch_size, seed)
+            with exact_float32(), torch.no_grad():
+                logits = target.logits(attacked)
+            if trial.attack is None:
+                check_scores(logits, labels, target.path)
+            block.extend(images, attacked, labels, logits, zeros)
+            if keep_in is not None:
+                kept = {"index": start, "labels": labels, "predicted": logits.argmax(1)}
+                _keep_block(keep_in, {**kept, "images": images, "adversarial": attacked})
+            block.seconds = time.monotonic() - began
+        for found in distributed.gather(block):
+            outcome.add(found)
         yield outcome
 
 
@@ -111,13 +119,16 @@ def measure_all(results):
             outcome, images = results.of(target, trial), len(trial.of(split))
             folder = results.images_folder(target, trial)
             blocks = measure(target, split, trial, outcome, **steps, keep_in=folder)
-            total, start = -(-images // config.batch_size), len(outcome) // config.batch_size
+            size = distributed.world * config.batch_size
+            total, start = -(-images // size), len(outcome) // size
             for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
-                if stop.received or time.monotonic() - results.saved > SAVE_EVERY:
+                late = time.monotonic() - results.saved > SAVE_EVERY
+                signum, late = distributed.agree(stop.received or 0, late)
+                if signum or late:
                     results.save()
-                if stop.received:
+                if signum:
                     raise utils.Interrupted(
-                        stop.received,
+                        signum,
                         f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of "
                         f"{images:,} images; kept in {results.path}, --resume goes on",
                     )

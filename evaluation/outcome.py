@@ -61,6 +61,13 @@ class Outcome:
         """Which images, (N,) bool, are misclassified within `epsilon` of the original."""
         return ~self.correct & (self.linf <= epsilon)
 
+    def add(self, block):
+        """Add the outcome of the next images."""
+        self.columns = {name: torch.cat([self.columns[name], block.columns[name]]) for name in COLUMNS}
+        self.low, self.high = min(self.low, block.low), max(self.high, block.high)
+        self.seconds += block.seconds
+        self.gradients = self.gradients or block.gradients
+
     def extend(self, images, attacked, labels, logits, zeros):
         """Add a block: its images, what an attack made of them, and the network's logits of that."""
         change = (attacked.double() - images.double()).flatten(1)

@@ -12,6 +12,7 @@ import torch
 import checkpoints
 import cli
 import data
+import distributed
 import utils
 
 from . import files
@@ -95,6 +96,7 @@ class Results:
         }
         state = {"identity": self.identity(), "outcomes": outcomes}
         checkpoints.save(state, self.path, False)
+        distributed.note_save(self.path)
         self.saved = time.monotonic()
 
     def resume(self):
@@ -113,9 +115,12 @@ class Results:
         self._check(state.get("identity"), self.path)
         for sha256, trials in state["outcomes"].items():
             self.outcomes[sha256] = {key: Outcome(**value) for key, value in trials.items()}
-        images = sum(len(outcome) for trials in self.outcomes.values() for outcome in trials.values())
-        utils.say(f"resumed {self.path}: {images:,} outcomes are there already")
+        utils.say(f"resumed {self.path}: {self.done():,} outcomes are there already")
         return False
+
+    def done(self):
+        """How many outcomes there are, of an image and a trial each."""
+        return sum(len(outcome) for trials in self.outcomes.values() for outcome in trials.values())
 
     def _check(self, before, path):
         now = self.identity()

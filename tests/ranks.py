@@ -1,7 +1,6 @@
 """Several ranks of a script: forked here, where torch is imported already, or begun by torchrun."""
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -15,22 +14,18 @@ import utils
 LONGEST = 60  # seconds that ranks may take
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def run_ranks(count, module, *options, prepare=None, float64=False, local=None):
     """Run a script as `count` ranks; return the exit status, stdout and stderr of each.
 
     prepare: called with the rank before the script, may change what it sees, and returns options of its own.
     """
-    port, folder, pids = free_port(), tempfile.mkdtemp(), []
+    folder, pids = tempfile.mkdtemp(), []
+    # As torchrun does, whose store outlives the ranks.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(count):
         if (pid := os.fork()) == 0:
             try:
-                _become(rank, count, port, folder, local or count)
+                _become(rank, count, store.port, folder, local or count)
                 _script(module, [*options, *((prepare and prepare(rank)) or ())], float64)
             except SystemExit as end:
                 sys.stdout.flush()
@@ -39,7 +34,7 @@ def run_ranks(count, module, *options, prepare=None, float64=False, local=None):
             finally:
                 os._exit(99)
         pids.append(pid)
-    statuses = [_status(pid, time.monotonic() + LONGEST) for pid in pids]
+    statuses = _ends(pids)
     texts = [[Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(count)]
     return [(status, *said) for status, said in zip(statuses, texts, strict=True)]
 
@@ -48,6 +43,7 @@ def _become(rank, count, port, folder, local):
     given = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
     if count > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         os.environ |= {name: str(value) for name, value in given.items()}
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(folder, f"{rank}.{name}"), os.O_CREAT | os.O_WRONLY), stream)
@@ -62,9 +58,15 @@ def _script(module, options, float64):
     cli.run(module.main, module.Config)
 
 
-def _status(pid, deadline):
-    while (found := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() > deadline:
-            os.kill(pid, 9)
+def _ends(pids):
+    """The exit statuses of processes, in their order; none may take longer than LONGEST."""
+    statuses, deadline = dict.fromkeys(pids), time.monotonic() + LONGEST
+    while left := [pid for pid in pids if statuses[pid] is None]:
+        for pid in left:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(pid, 9)
         time.sleep(0.01)
-    return os.waitstatus_to_exitcode(found[1])
+    return list(statuses.values())
