@@ -32,7 +32,9 @@ def begin():
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    _store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # A restart finds what was told before it.
+    _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     _store.set(f"at {rank}", f"{platform.node()} {os.getpid()}")
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
 
