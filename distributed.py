@@ -158,7 +158,7 @@ def own_device(name, fault):
 def _mark(path):
     """A file of the present torchrun, whatever its restarts, that stands for `path`; None without one."""
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
     return Path(errors).parents[2] / name if errors else None
 
 
