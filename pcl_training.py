@@ -63,6 +63,7 @@ class Config(training.RunConfig):
     prototype_init: Literal["normal", "class-means"] = "normal"  # normal: N(0, 1), as released
 
 
+@training.each_seed
 def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)

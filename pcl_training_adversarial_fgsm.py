@@ -67,6 +67,7 @@ class Config(training.RunConfig):
     epsilon_max: Epsilon = 0.05  # paper: 0.05
 
 
+@training.each_seed
 def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)

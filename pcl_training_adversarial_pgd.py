@@ -69,6 +69,7 @@ class Config(training.RunConfig):
     num_steps: Count = 10  # paper: 10
 
 
+@training.each_seed
 def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)

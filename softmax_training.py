@@ -49,6 +49,7 @@ class Config(training.RunConfig):
     gamma: Positive = 0.1
 
 
+@training.each_seed
 def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)

@@ -6,7 +6,7 @@ import cli
 import data
 import utils
 
-from . import checks, pictures
+from . import checks, pictures, seeds
 from .outcome import counts, margin_quantiles, per_class, percent
 from .trials import CLEAN, beside, in_255ths
 
@@ -55,10 +55,11 @@ def table(results):
     """
     attacked = len(results.trials) > 1
     rows = [["Training", *(trial.title for trial in results.trials), *(["Worst"] if attacked else [])]]
-    for label, target in results.labeled():
-        accuracies = {trial.key: f"{outcome.accuracy:.2f}" for trial, outcome in results.row(target)}
-        worst = [f"{percent(results.robust(target)):.2f}"] if attacked else []
-        rows.append([label, *(accuracies.get(trial.key, "-") for trial in results.trials), *worst])
+    for label, targets in seeds.rows(results):
+        found = [{trial.key: outcome.accuracy for trial, outcome in results.row(t)} for t in targets]
+        shown = {key: seeds.spread([accuracies[key] for accuracies in found]) for key in found[0]}
+        worst = [seeds.spread([percent(results.robust(t)) for t in targets])] if attacked else []
+        rows.append([label, *(shown.get(trial.key, "-") for trial in results.trials), *worst])
     return utils.markdown_table(rows)
 
 
@@ -75,6 +76,8 @@ def footnotes(results):
     if len(results.trials) > 1:
         yield "; ".join(trial.settings for trial in results.trials[1:]) + "."
         yield "Worst: right without attack and under every attack of the row, image by image."
+    if seeds.summary(results):
+        yield seeds.NOTE
     for label, target in results.labeled():
         depth = f", depth {target.depth}" if target.depth else ""
         yield f"{label}: {target.path}{depth}, sha256 {target.sha256[:12]}."
@@ -105,6 +108,8 @@ def write(results, findings):
     for target in results.targets if config.model_card else ():
         card = json.dumps(model_card(results, target), indent=2) + "\n"
         utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), card)
+    if grouped := seeds.summary(results):
+        more["seeds"] = grouped
     more["source_sha256"] = results.source and results.source.sha256
     entries = [_entry(results, target) for target in results.targets]
     utils.write_text(config.results, to_json(config, results.dataset, entries, **more))

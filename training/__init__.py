@@ -6,4 +6,5 @@ from .config import RunConfig
 from .files import claim
 from .loop import accuracy, fit, make_attack, make_forward, make_steps, train_epoch
 from .run import Run
+from .seeds import each_seed
 from .start import start_from

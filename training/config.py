@@ -1,7 +1,8 @@
 """The options that every training script has besides its recipe."""
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,8 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: Seed = 0
+    seeds: tuple[Seed, ...] = ()  # train with one after another, in files named by the seed
+    seeds_per_rank: bool = False  # under torchrun each rank trains with seeds of its own
     sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower, and uncompiled
 
     @property
@@ -49,8 +52,23 @@ class RunConfig:
     def metrics_path(self):
         return self.log_path.with_suffix(".csv")
 
+    def of_seed(self, seed):
+        """The settings of one of `seeds`: its number is in the names of its files.
+
+        `{seed}` in --init-from stands for it.
+        """
+        changes = {"seed": seed, "seeds": (), "seeds_per_rank": False}
+        for name in ("save_to", "log_to"):
+            if path := getattr(self, name):
+                changes[name] = re.sub(r"((\.pth)?\.\w+)?$", rf"_seed{seed}\1", path, count=1)
+        if hasattr(self, "init_from"):
+            changes["init_from"] = self.init_from.replace("{seed}", str(seed))
+        return replace(self, **changes)
+
     def check(self):
         """Raise UsageError unless checkpoint, log and metrics are three files."""
+        if self.seeds_per_rank and not self.seeds:
+            raise UsageError("--seeds-per-rank: has no seeds; add --seeds 0 1 2")
         log = self.log_path
         if not log.name:
             raise UsageError(f"--log-to {self.log_to}: names no file")

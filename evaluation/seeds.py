@@ -1,0 +1,69 @@
+"""Checkpoints that differ in nothing but their seed: one row of the table, mean and standard deviation."""
+
+import statistics
+from pathlib import Path
+
+from .outcome import percent
+
+NOTE = "±: standard deviation over the seeds; the rows of each seed are in the JSON and CSV files."
+# Settings that say nothing of the training.
+NOT_COMPARED = {
+    *("seed", "seeds", "seeds_per_rank", "sync_batchnorm", "data_dir", "init_from", "save_to", "log_to"),
+    *("resume", "overwrite", "eval_every", "save_every_minutes", "max_minutes", "compile", "device"),
+}
+
+
+def rows(results):
+    """Yield (what a row of the table is called, its targets): a target, or several of other seeds."""
+    groups = {}
+    for label, target in results.labeled():
+        groups.setdefault(_family(target), []).append((label, target))
+    groups = [list(zip(*group, strict=True)) for group in groups.values()]
+    called = [targets[0].label for labels, targets in groups if len(targets) > 1]
+    for labels, targets in groups:
+        if len(targets) == 1:
+            yield labels[0], targets
+        else:
+            label = targets[0].label
+            which = (
+                f" ({Path(targets[0].path).name.split('.pth')[0]}, ...)" if called.count(label) > 1 else ""
+            )
+            yield f"{label}, {len(targets)} seeds{which}", targets
+
+
+def _family(target):
+    """What targets of one row have in common; a checkpoint without a seed has a row of its own."""
+    settings = target.origin.get("config", {})
+    if "seed" not in settings:
+        return target.sha256
+    kept = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+    return repr((target.origin.get("script"), target.origin.get("epoch"), sorted(kept.items())))
+
+
+def spread(values):
+    """Mean and standard deviation as text; one value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def summary(results):
+    """A dict for each row of several seeds, for the JSON file."""
+    found = []
+    for label, targets in rows(results):
+        if len(targets) > 1:
+            accuracies = [
+                {t.key: outcome.accuracy for t, outcome in results.row(target)} for target in targets
+            ]
+            for target, accuracy in zip(targets, accuracies, strict=True):
+                accuracy["worst"] = percent(results.robust(target))
+            attacks = {
+                key: {
+                    "mean": statistics.mean(values := [accuracy[key] for accuracy in accuracies]),
+                    "std": statistics.stdev(values),
+                }
+                for key in accuracies[0]
+            }
+            seeds = {str(target.origin["config"]["seed"]): target.sha256 for target in targets}
+            found.append({"label": label, "seeds": seeds, "attacks": attacks})
+    return found

@@ -1,0 +1,44 @@
+"""Many seeds: the same settings trained several times, one run after another or one run a rank."""
+
+import dataclasses
+import functools
+import time
+
+import cli
+import data
+import distributed
+from utils import UsageError
+
+from .files import claim
+
+
+def each_seed(main):
+    """`main(config)` for each of `config.seeds` in turn; for `config` as it is where it names none."""
+
+    @functools.wraps(main)
+    def train(config):
+        if not config.seeds:
+            return main(config)
+        runs = [config.of_seed(seed) for seed in dict.fromkeys(config.seeds)]
+        if config.seeds_per_rank:
+            runs = of_this_rank(runs, config)
+        for run in runs:  # before the first one begins
+            claim(run)
+        began = time.monotonic()
+        for run in runs:
+            left = config.max_minutes and max(config.max_minutes - (time.monotonic() - began) / 60, 1e-9)
+            main(dataclasses.replace(run, max_minutes=left))
+
+    return train
+
+
+def of_this_rank(runs, config):
+    """Those of the runs that are this rank's; each rank goes its own way from here on."""
+    distributed.check_same("options", {**cli.config_dict(config), "data_dir": None}, UsageError)
+    if len(runs) < distributed.world:
+        raise UsageError(f"--seeds-per-rank: {len(runs)} seeds for {distributed.world} ranks; begin fewer")
+    with distributed.one_first():  # which may download
+        data.load(config.dataset, config.data_dir, limit=1, splits=("test",))
+    runs = runs[distributed.rank :: distributed.world]
+    distributed.part_ways()
+    return runs
