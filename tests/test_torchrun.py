@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import LONGEST
 from test_distributed import SHORT, apart, trained
 
@@ -81,15 +82,38 @@ def test_a_killed_rank_is_restarted_and_the_launcher_told_to_stop(tmp_path):
     assert apart(expected, ended_as) == 0 and ended_as["history"] == expected["history"]
 
 
-def test_two_launchers_make_one_run(tmp_path):
-    """As on two machines: one rank each, which meet at an address."""
-    expected, _ = trained(2, softmax_training, tmp_path / "expected.pth.tar", *RUN)
-    port = 20_000 + os.getpid() % 10_000
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
-    path = tmp_path / "softmax.pth.tar"
-    launchers = [torchrun([*meet, "--local_addr=localhost"], *RUN, "--save-to", path) for _ in range(2)]
-    outputs = [launcher.communicate(timeout=LONGEST) for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    assert sum("finished: " in out for out, _ in outputs) == 1
-    found, _ = trained(1, softmax_training, path, *RUN, "--resume")
-    assert apart(expected, found) == 0
+SRUN = """#!/usr/bin/env bash
+# Two machines in one: the command of each, and the signals that come for them.
+shift
+for machine in 1 2; do "$@" & done
+trap 'kill -USR1 $(jobs -p)' USR1
+while [ -n "$(jobs -pr)" ]; do wait; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+case $1 in show) echo localhost ;; *) echo "$@" >> scontrol.log ;; esac
+"""
+
+
+def test_two_launchers_under_slurm_save_ahead_of_the_limit_and_are_queued_again(tmp_path):
+    """The batch script with stand-ins for srun and scontrol: two launchers, which meet at an address."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": str(os.getpid()), "JOB_NODELIST": "two", "JOB_NUM_NODES": "2", "ARRAY_TASK_ID": "3"}
+    slurm = {f"SLURM_{name}": value for name, value in slurm.items()}
+    here = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    often = ("--save-every-minutes", 1e-9, "--epochs", 300, "--no-overwrite", "--save-to", "net.pth.tar")
+    command = [ROOT / "benchmarks/slurm/train.sbatch", ROOT / "softmax_training.py", *RUN, *often]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(["bash", *map(str, command)], cwd=tmp_path, env=here, **pipes)
+    path = tmp_path / "net_seed3.pth.tar"
+    until(path.exists)
+    job.send_signal(signal.SIGUSR1)
+    out, said = job.communicate(timeout=LONGEST)
+    assert "in 2 ranks" in out and len(said_by(said, f"saved to {path.name}")) == 1, said
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
+    epochs = torch.load(path, weights_only=True)["epoch"] + 1
+    rest = ("--seed", 3, "--epochs", epochs)
+    resumed, _ = trained(2, softmax_training, path, *RUN, *rest, "--resume")
+    expected, _ = trained(2, softmax_training, tmp_path / "expected.pth.tar", *RUN, *rest)
+    assert apart(expected, resumed) == 0
