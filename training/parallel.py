@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,27 +38,38 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        wide = x.double()  # so that the difference of the squares does not cancel
-        count = wide.new_tensor([x.numel() / x.shape[1]])
-        sums = distributed.total(torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), count]))
-        count = sums[-1]
-        mean, square = (sums[:-1] / count).chunk(2)
+        count, mean, var = x.numel() // x.shape[1], *torch.zeros(2, len(weight), dtype=torch.float64)
+        if count:
+            _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+            mean, var = mean.double(), scale.double() ** -2 - eps
+        # In float64 the difference of the squares keeps what float32 has.
+        sums = torch.cat([count * mean, count * (var + mean.square()), mean.new_tensor([count])])
+        *moments, total = distributed.total(sums).split([len(weight), len(weight), 1])
+        mean, square = (moment / total for moment in moments)
         var = (square - mean.square()).clamp(min=0)
-        scale = (var + eps).rsqrt()
-        normal = (wide - mean[:, None, None]).mul_(scale[:, None, None]).to(x.dtype)
-        ctx.save_for_backward(normal, weight, scale, count)
-        y, unbiased = normal * weight[:, None, None] + bias[:, None, None], var * count / (count - 1)
+        unbiased = var * total / (total - 1)
+        ctx.save_for_backward(x, weight, mean, var, total)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, unbiased)
-        return y.to(x.dtype), mean, unbiased
+        narrow = mean.to(weight.dtype), var.to(weight.dtype)
+        return F.batch_norm(x, *narrow, weight, bias, eps=eps) if count else x.clone(), mean, unbiased
 
     @staticmethod
     def backward(ctx, grad, *_):
-        normal, weight, scale, count = ctx.saved_tensors
-        wide = grad.double()
-        sums = torch.stack([wide.sum((0, 2, 3)), (wide * normal).sum((0, 2, 3))])
-        means = (distributed.total(sums.clone()) / count)[:, :, None, None]
-        grad_x = (wide - means[0] - normal * means[1]) * (weight * scale)[:, None, None]
-        return grad_x.to(grad.dtype), sums[1].to(weight.dtype), sums[0].to(weight.dtype), None
+        x, weight, mean, var, total = ctx.saved_tensors
+        grad_x, (grad_weight, grad_bias) = grad, torch.zeros_like(torch.stack([weight, weight]))
+        if len(x):
+            narrow = mean.to(weight.dtype), var.to(weight.dtype)
+            backward = torch.ops.aten.native_batch_norm_backward  # with mean and variance as constants
+            grads = backward(grad, x, weight, *narrow, None, None, False, ctx.eps, [True] * 3)
+            grad_x, grad_weight, grad_bias = grads
+        # What x does to them: minus weight * scale * (mean of grad + normalised x * mean of grad times that).
+        means = distributed.total(torch.stack([grad_bias, grad_weight]).double()) / total
+        scale = (var + ctx.eps).rsqrt()
+        slope = -weight * scale.square() * means[1]
+        offset = -weight * scale * means[0] - slope * mean
+        slope, offset = (part.to(weight.dtype)[:, None, None] for part in (slope, offset))
+        return (x * slope + offset + grad_x).to(x.dtype), grad_weight, grad_bias, None
 
 
 class Part(nn.Module):
