@@ -5,26 +5,34 @@
 Plain and ours take turns in one process, on the same weights and images: whole epochs of the two training
 stages, of stage 2 on adversarial images, the attack inside it alone, and the evaluation under each attack.
 Prints a Markdown table; writes it and all numbers, with hardware and versions, to a JSON file and beside it.
-`--scaling` measures how time and memory of ours grow. Speed does not depend on what the images show, so by
-default they are noise and the weights fresh; `--dataset` and `--init-from` take real ones.
+`--scaling` measures how time and memory of ours grow, and `--ranks` how several processes share the work.
+Speed does not depend on what the images show, so by default they are noise and the weights fresh; `--dataset`
+and `--init-from` take real ones.
 """
 
 import dataclasses
 import gc
 import json
+import os
+import socket
 import statistics
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import torch
 
 import cli
 import data
+import distributed
 import evaluation
 import utils
 from benchmarks import ours, plain, timing
 from cli import Count, Depth, JsonFile, Seed, Whole
+
+REDUCTIONS = {"all_reduce": 0, "all_gather_into_tensor": 1}  # and which argument a rank puts in
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Config:
     # what is measured
     rows: tuple[Literal[ours.ROWS], ...] = ours.ROWS
     scaling: bool = False  # measure how ours grows with each of the lists below, and no rows
+    ranks: tuple[Count, ...] = ()  # measure stage 2 on so many processes, of one thread each, and no rows
     images: Count | None = None  # of an epoch of training and of its data; none: 512, or 12,800 on a GPU
     attack_images: Count | None = None  # of one in which every image is attacked; none: half as many
     repetitions: Count = 3  # of each side, taking turns; the median counts
@@ -115,6 +124,64 @@ def grow(config: Config, device: torch.device) -> tuple[dict, str, str]:
     return report, growth_table(measured), ""
 
 
+def share(config: Config, device: torch.device) -> tuple[dict, str, str]:
+    """Measure stage 2 of ours on each number of ranks; return as `compare_rows`."""
+    measured = []
+    for count in config.ranks:
+        with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(("localhost", 0))
+            port, answer = reserved.getsockname()[1], Path(folder) / "answer.json"
+            reserved.close()
+            how = "fork" if device.type == "cpu" else "spawn"  # CUDA refuses a fork
+            arguments = (count, port, dataclasses.replace(config, device=device.type), answer)
+            torch.multiprocessing.start_processes(be_a_rank, arguments, count, start_method=how)
+            measured.append({"ranks": count, **json.loads(answer.read_text())})
+        utils.say(f"ranks {count}: {measured[-1]['images_per_second']:.1f} images/s")
+    first = measured[0]["images_per_second"] / measured[0]["ranks"]
+    for entry in measured:
+        entry["efficiency"] = entry["images_per_second"] / entry["ranks"] / first
+    report = {"depth": config.depth, "data_share_percent": None, "sharing": measured}
+    return report, sharing_table(measured), "Each rank has one thread, and its part of the batch."
+
+
+def be_a_rank(rank: int, count: int, port: int, config: Config, answer: Path) -> None:
+    """Train epochs of stage 2 as a rank that torchrun begins; the first one writes what it measured."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in given.items()}
+    torch.set_num_threads(1)
+    distributed.begin()
+    device = utils.select_device(config.device)
+    run, train, _ = ours.begin(ours.make_subject(config, device), "stage2")
+    reduced = count_reduced(train) / run.batches
+    weights = [*run.model.parameters(), *run.criterion.parameters()]
+    reduced += sum(p.numel() * p.element_size() for p in weights if p.grad is not None and count > 1)
+    numbers, _ = timing.in_turns({"ours": train}, config.images, config.repetitions, device)["ours"]
+    if rank == 0:
+        answer.write_text(json.dumps({**numbers, "bytes_a_step": reduced}))
+    distributed.end()
+
+
+def count_reduced(work) -> int:
+    """Bytes that a rank puts into reductions during `work`, without those of the gradients."""
+    import torch.distributed as dist
+
+    found = []
+
+    def counting(function, position):
+        def counted(*tensors, **options):
+            found.append(tensors[position].numel() * tensors[position].element_size())
+            return function(*tensors, **options)
+
+        return counted
+
+    counted = {name: counting(getattr(dist, name), at) for name, at in REDUCTIONS.items()}
+    with mock.patch.multiple(dist, **counted):
+        work()
+    return sum(found)
+
+
 # ---------------------------------------------------------------- reports
 
 
@@ -157,6 +224,14 @@ def growth_table(measured: list[dict]) -> str:
     return utils.markdown_table(rows)
 
 
+def sharing_table(measured: list[dict]) -> str:
+    rows = [["ranks", "images/s", "efficiency", "MiB reduced a step"]]
+    for entry in measured:
+        cells = [f"{entry['images_per_second']:.1f}", f"{100 * entry['efficiency']:.0f} %"]
+        rows.append([str(entry["ranks"]), *cells, f"{entry['bytes_a_step'] / 2**20:.2f}"])
+    return utils.markdown_table(rows)
+
+
 def mib(value: float | None) -> str:
     return "?" if value is None else f"{value:.0f}"
 
@@ -183,7 +258,8 @@ def main(config: Config) -> None:
     config = dataclasses.replace(
         config, images=images, attack_images=config.attack_images or max(images // 2, 1)
     )
-    report, table, note = (grow if config.scaling else compare_rows)(config, device)
+    measure = share if config.ranks else grow if config.scaling else compare_rows
+    report, table, note = measure(config, device)
     text = "\n".join([table, "", *footnotes(config, report["depth"], device), *filter(None, [note])])
     about = {"settings": cli.config_dict(config), "hardware": timing.hardware(device)}
     report = {**about, "versions": utils.versions(), **report}

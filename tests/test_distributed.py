@@ -1,6 +1,9 @@
 """Several ranks train as one process does: their trajectories agree, up to rounding, for every script."""
 
 import csv
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ import pcl_training
 import pcl_training_adversarial_fgsm
 import pcl_training_adversarial_pgd
 import softmax_training
+from benchmarks import throughput
+from resnet_model import resnet
 from training.parallel import SyncedBatchNorm
 
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
     *("--dataset", "synthetic", "--device", "cpu", "--depth", 8, "--epochs", 1),
     *("--precision", "float32", "--overwrite"),
@@ -133,3 +139,28 @@ def test_parts_are_the_batch():
                 found += mine
                 seeds += draws(distributed.part_of(torch.Generator().manual_seed(1), 8), len(mine))
         assert found == list(range(8)) and seeds == whole
+
+
+def test_the_benchmark_shares_a_batch_between_ranks(tmp_path):
+    path = tmp_path / "ranks.json"
+    sizes = {"depth": 8, "images": 8, "batch_size": 4, "repetitions": 1}
+    config = throughput.Config(ranks=(1, 2), device="cpu", results=str(path), **sizes)
+    throughput.main(config)
+    one, two = json.loads(path.read_text())["sharing"]
+    assert one["bytes_a_step"] == 0 and one["efficiency"] == 1
+    network = resnet(10, 8)
+    weights = sum(p.numel() for p in network.parameters())
+    weights += 2 * 10 * (network.feat_dims["layer3"] + 1024)  # the prototypes of pull and push
+    norms = sum(module.num_features for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    assert two["bytes_a_step"] > 4 * weights + 2 * 8 * 2 * norms
+    assert two["bytes_a_step"] == pytest.approx(4 * weights + 2 * 8 * 2 * norms, rel=0.01)
+    assert two["images_per_second"] > 0 and "efficiency" in path.with_suffix(".md").read_text()
+
+
+def test_without_torchrun_nothing_imports_torch_distributed():
+    """At its top only the step of several ranks does, which is imported where there are several."""
+    pattern = re.compile(
+        r"^(?:import|from) (?:torch\.distributed|torch\.nn\.parallel|\.parallel|training\.par)", re.M
+    )
+    files = [*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py"), *ROOT.glob("training/*.py")]
+    assert [file.name for file in files if pattern.search(file.read_text())] == ["parallel.py"]
