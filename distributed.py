@@ -79,11 +79,11 @@ def part_of(generator, images):
 
 
 def first_rank(function):
-    """`function` on the first rank, nothing on the others: one rank prints and writes for all."""
+    """`function` on the first rank; on the others nothing, also as a context: one rank speaks and writes."""
 
     @functools.wraps(function)
     def alone(*args, **options):
-        return None if rank else function(*args, **options)
+        return contextlib.nullcontext() if rank else function(*args, **options)
 
     return alone
 

@@ -232,10 +232,7 @@ def answering_signals(handler, signums=distributed.SIGNALS):
 
 
 class StopSignals(contextlib.ExitStack):
-    """Within it SIGINT, SIGTERM and SIGUSR1 ask for a stop (`received`); a second one ends the process.
-
-    Not a rank of several, which may get one of its own and one that torchrun passes on.
-    """
+    """Within it signals ask for a stop (`received`); a second one ends a process, but no rank of several."""
 
     received = None
 
@@ -335,15 +332,13 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@distributed.first_rank
 @contextlib.contextmanager
 def hold(path):
     """Within it no other process holds `path`: a lock file beside it is locked. Makes the folder.
 
     Raises FileSystemError when another process holds it. Where the file system cannot lock, nothing is held.
     """
-    if distributed.rank:
-        yield
-        return
     lock = Path(f"{followed(path)}.lock")
     with _refusing(path, "cannot write there ({}); choose another path"):
         lock.parent.mkdir(parents=True, exist_ok=True)
