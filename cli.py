@@ -67,7 +67,7 @@ def run(main, config_class):
     """
 
     def command(argv):
-        distributed.begin()
+        distributed.begin(UsageError)
         config = parse_config(config_class, argv)
         keep_freed_memory()
         try:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import signal
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,15 +25,23 @@ rank, world = 0, 1  # the number of this rank, and of ranks
 _store = None  # what torchrun's ranks tell each other outside the run
 
 
-def begin():
-    """Join the other ranks where torchrun has begun several."""
+def begin(fault):
+    """Join the other ranks where torchrun has begun several; raise `fault` for a RANK of another origin.
+
+    A run that ended by a fault, or when its time was up, ends again at once if torchrun restarts it.
+    """
     global rank, world, _store, dist
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if (end := _mark("end")) and end.exists():
+        sys.exit(int(end.read_text()))
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except ValueError as error:
+        raise fault(f"RANK {os.environ['RANK']}: {error}; begin ranks with torchrun, or unset RANK") from None
     # A restart finds what was told before it.
     _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     _store.set(f"at {rank}", f"{platform.node()} {os.getpid()}")
@@ -177,26 +186,37 @@ def restarted(path):
 def last_words(status, message, error):
     """The exit status and the line of a rank that ends by `error`: one rank has the word for all.
 
-    A rank that lost the others, or was told to stop, calls the roll: one that was killed does not answer.
+    A rank that lost the others, or was told to stop, calls the roll: one that was killed does not answer. Its
+    status is that of the rank with the word.
     """
     if world == 1:
-        return status, message
+        return _ended(status), message
     for signum in SIGNALS:  # torchrun ends the ranks that are left
         signal.signal(signum, signal.SIG_IGN)
     lost = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
     with contextlib.suppress(RuntimeError):  # the launcher, and what is told there, may have gone
         _store.set(f"here {rank}", "")
         if (lost or status > 128) and (gone := _missing()):
-            status = 128 + signal.SIGTERM
             message = (
                 f"rank {', '.join(map(str, gone))} of {world} has gone (killed, or out of memory?), so all "
                 "stop; --resume goes on from the last save, as torchrun --max-restarts=1 does by itself"
             )
+            lost = True
+        status = 128 + signal.SIGTERM if lost else status
         if _store.add("told", 1) > 1:
-            return status, ""
-        if not lost:
-            _tell_torchrun(error)
-    return status, message
+            message, status = "", int(_store.get("end")) if lost else status
+        else:
+            _store.set("end", str(status))
+            if not lost:
+                _tell_torchrun(error)
+    return _ended(status), message
+
+
+def _ended(status):
+    """Note that the run has ended with `status`, for `begin`, unless by a signal."""
+    if status < 128 and (end := _mark("end")):
+        end.write_text(str(status))
+    return status
 
 
 def _missing():

@@ -151,7 +151,7 @@ def be_a_rank(rank: int, count: int, port: int, config: Config, answer: Path) ->
     given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in given.items()}
     torch.set_num_threads(1)
-    distributed.begin()
+    distributed.begin(utils.UsageError)
     device = utils.select_device(config.device)
     run, train, _ = ours.begin(ours.make_subject(config, device), "stage2")
     reduced = count_reduced(train) / run.batches

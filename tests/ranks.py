@@ -14,9 +14,10 @@ import utils
 LONGEST = 60  # seconds that ranks may take
 
 
-def run_ranks(count, module, *options, prepare=None, float64=False, local=None):
+def run_ranks(count, module, *options, prepare=None, float64=False, local=None, launcher=None):
     """Run a script as `count` ranks; return the exit status, stdout and stderr of each.
 
+    local: so many of them on a machine. launcher: the folder that a torchrun has for its ranks.
     prepare: called with the rank before the script, may change what it sees, and returns options of its own.
     """
     folder, pids = tempfile.mkdtemp(), []
@@ -26,6 +27,10 @@ def run_ranks(count, module, *options, prepare=None, float64=False, local=None):
         if (pid := os.fork()) == 0:
             try:
                 _become(rank, count, store.port, folder, local or count)
+                if launcher is not None:
+                    errors = launcher / "attempt" / str(rank) / "error.json"
+                    errors.parent.mkdir(parents=True, exist_ok=True)
+                    os.environ["TORCHELASTIC_ERROR_FILE"] = str(errors)
                 _script(module, [*options, *((prepare and prepare(rank)) or ())], float64)
             except SystemExit as end:
                 sys.stdout.flush()

@@ -4,9 +4,11 @@ import functools
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
+from commands import run
 from ranks import run_ranks
 from test_distributed import SHORT, apart, trained
 
@@ -130,6 +132,45 @@ def test_time_that_is_up_is_up_for_all(tmp_path):
     assert len(lines(ends)) == 1 and "batch 1; saved" in lines(ends)[0]
 
 
+def test_a_restart_is_for_ranks_that_were_killed(undisturbed, tmp_path):
+    """A run that ended by itself ends again at once; one that was killed goes on from its last save."""
+    options = [*SHORT, *TRAIN, "--save-every-minutes", 1e-9, "--save-to", tmp_path / "softmax.pth.tar"]
+    for given, status in ((["--max-minutes", 1e-6], 75), (["--batch-size", 1], 2)):
+        launcher = tmp_path / f"launcher{status}"
+        for attempt in range(2):
+            ends = run_ranks(2, softmax_training, *options, *given, launcher=launcher)
+            assert [end[0] for end in ends] == [status] * 2 and len(lines(ends)) == 1 - attempt
+        assert any(launcher.glob("attempt/*/error.json"))
+    kill = hit(1, signal.SIGKILL, 3)
+    ends = run_ranks(2, softmax_training, *options, prepare=kill, float64=True, launcher=tmp_path / "other")
+    assert [end[0] for end in ends] == [143, -9] and len(lines(ends)) == 1
+    ends = run_ranks(2, softmax_training, *options, float64=True, launcher=tmp_path / "other")
+    assert "resumed" in ends[0][1] and "at epoch 1, batch 2" in ends[0][1]
+    assert apart(undisturbed, torch.load(tmp_path / "softmax.pth.tar", weights_only=True)) < 1e-10
+
+
+def test_one_rank_of_each_machine_reads_the_data_first(tmp_path):
+    """Four ranks on two machines: it may be a download."""
+
+    def watched(rank):
+        load = data.load
+
+        def timed(*arguments, **options):
+            began = time.monotonic()
+            time.sleep(0.3)
+            loaded = load(*arguments, **options)
+            (tmp_path / f"{rank}.json").write_text(json.dumps([began, time.monotonic()]))
+            return loaded
+
+        data.load = timed
+
+    given = ("--save-to", tmp_path / "softmax.pth.tar")
+    ends = run_ranks(4, softmax_training, *SHORT, *TRAIN, *given, prepare=watched, local=2)
+    assert [end[0] for end in ends] == [0] * 4, ends
+    times = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert max(times[0][1], times[2][1]) <= min(times[1][0], times[3][0])
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_others(victim, tmp_path):
     path = tmp_path / "softmax.pth.tar"
@@ -148,7 +189,7 @@ def test_a_rank_that_is_killed_ends_the_others(victim, tmp_path):
 
 def refused(ranks, *options, prepare=None, module=softmax_training, local=None, status=2):
     ends = run_ranks(ranks, module, *SHORT, *options, prepare=prepare, local=local)
-    assert status in [end[0] for end in ends] and 0 not in [end[0] for end in ends], ends
+    assert [end[0] for end in ends] == [status] * ranks, ends
     assert len(lines(ends)) == 1, ends
     return lines(ends)[0]
 
@@ -164,6 +205,13 @@ def test_bad_input_is_one_line_from_all_ranks(tmp_path):
     assert "2 ranks need a GPU each" in refused(2, *TRAIN, *save, "--device", "cuda")
     (tmp_path / "softmax.log").write_text("a diary\n")
     assert "softmax.log: exists already" in refused(2, *TRAIN, *save, "--no-overwrite", status=6)
+
+
+def test_a_rank_without_an_address_is_told_so(tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    code, _, said = run(softmax_training, *SHORT, "--save-to", tmp_path / "softmax.pth.tar")
+    assert code == 2 and "MASTER_ADDR" in said and "unset RANK" in said
 
 
 def other_images(rank):
