@@ -213,8 +213,8 @@ def last_words(status, message, error):
 
 
 def _ended(status):
-    """Note that the run has ended with `status`, for `begin`, unless by a signal."""
-    if status < 128 and (end := _mark("end")):
+    """Note for `begin` that the run has ended by a fault, or when its time was up."""
+    if 1 < status < 128 and (end := _mark("end")):
         end.write_text(str(status))
     return status
 

@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import os
-import socket
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ import evaluation
 import utils
 from benchmarks import ours, plain, timing
 from cli import Count, Depth, JsonFile, Seed, Whole
-
-REDUCTIONS = {"all_reduce": 0, "all_gather_into_tensor": 1}  # and which argument a rank puts in
 
 
 @dataclass(frozen=True)
@@ -128,58 +125,40 @@ def share(config: Config, device: torch.device) -> tuple[dict, str, str]:
     """Measure stage 2 of ours on each number of ranks; return as `compare_rows`."""
     measured = []
     for count in config.ranks:
-        with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
-            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            reserved.bind(("localhost", 0))
-            port, answer = reserved.getsockname()[1], Path(folder) / "answer.json"
-            reserved.close()
-            how = "fork" if device.type == "cpu" else "spawn"  # CUDA refuses a fork
-            arguments = (count, port, dataclasses.replace(config, device=device.type), answer)
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        with tempfile.TemporaryDirectory() as folder:
+            answer, how = Path(folder) / "answer.json", "fork" if device.type == "cpu" else "spawn"
+            arguments = (count, store.port, dataclasses.replace(config, device=device.type), answer)
             torch.multiprocessing.start_processes(be_a_rank, arguments, count, start_method=how)
             measured.append({"ranks": count, **json.loads(answer.read_text())})
+        per_rank = [entry["images_per_second"] / entry["ranks"] for entry in measured]
+        measured[-1]["efficiency"] = per_rank[-1] / per_rank[0]
         utils.say(f"ranks {count}: {measured[-1]['images_per_second']:.1f} images/s")
-    first = measured[0]["images_per_second"] / measured[0]["ranks"]
-    for entry in measured:
-        entry["efficiency"] = entry["images_per_second"] / entry["ranks"] / first
     report = {"depth": config.depth, "data_share_percent": None, "sharing": measured}
     return report, sharing_table(measured), "Each rank has one thread, and its part of the batch."
 
 
 def be_a_rank(rank: int, count: int, port: int, config: Config, answer: Path) -> None:
-    """Train epochs of stage 2 as a rank that torchrun begins; the first one writes what it measured."""
+    """Train epochs of stage 2 as a rank that torchrun begins; the first one writes what it measured.
+
+    Of what is reduced, the batch norms' part is counted on a CPU alone: torch's own has its way on a GPU.
+    """
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ |= {name: str(value) for name, value in given.items()}
     torch.set_num_threads(1)
     distributed.begin(utils.UsageError)
     device = utils.select_device(config.device)
     run, train, _ = ours.begin(ours.make_subject(config, device), "stage2")
-    reduced = count_reduced(train) / run.batches
-    weights = [*run.model.parameters(), *run.criterion.parameters()]
-    reduced += sum(p.numel() * p.element_size() for p in weights if p.grad is not None and count > 1)
+    sums, total = [], distributed.total
+    with mock.patch.object(distributed, "total", lambda tensor: sums.append(tensor.nbytes) or total(tensor)):
+        train()
+    weights = [*run.model.parameters(), *run.criterion.parameters()] if count > 1 else []
+    reduced = sum(p.nbytes for p in weights if p.grad is not None) + sum(sums) / run.batches * (count > 1)
     numbers, _ = timing.in_turns({"ours": train}, config.images, config.repetitions, device)["ours"]
     if rank == 0:
         answer.write_text(json.dumps({**numbers, "bytes_a_step": reduced}))
     distributed.end()
-
-
-def count_reduced(work) -> int:
-    """Bytes that a rank puts into reductions during `work`, without those of the gradients."""
-    import torch.distributed as dist
-
-    found = []
-
-    def counting(function, position):
-        def counted(*tensors, **options):
-            found.append(tensors[position].numel() * tensors[position].element_size())
-            return function(*tensors, **options)
-
-        return counted
-
-    counted = {name: counting(getattr(dist, name), at) for name, at in REDUCTIONS.items()}
-    with mock.patch.multiple(dist, **counted):
-        work()
-    return sum(found)
 
 
 # ---------------------------------------------------------------- reports
