@@ -18,17 +18,20 @@ def rows(results):
     groups = {}
     for label, target in results.labeled():
         groups.setdefault(_family(target), []).append((label, target))
-    groups = [list(zip(*group, strict=True)) for group in groups.values()]
-    called = [targets[0].label for labels, targets in groups if len(targets) > 1]
-    for labels, targets in groups:
-        if len(targets) == 1:
-            yield labels[0], targets
-        else:
-            label = targets[0].label
-            which = (
-                f" ({Path(targets[0].path).name.split('.pth')[0]}, ...)" if called.count(label) > 1 else ""
-            )
-            yield f"{label}, {len(targets)} seeds{which}", targets
+    called = [group[0][1].label for group in groups.values() if _differ(group)]
+    for group in groups.values():
+        first, targets = group[0][1], [target for _, target in group]
+        if _differ(group):
+            file = Path(first.path).name.split(".pth")[0]
+            which = f" ({file}, ...)" if called.count(first.label) > 1 else ""
+            yield f"{first.label}, {len(targets)} seeds{which}", targets
+        else:  # runs of one seed have a row each
+            yield from ((label, [target]) for label, target in group)
+
+
+def _differ(group):
+    """Whether these are several targets, each of another seed."""
+    return len(group) > 1 and len(group) == len({target.origin["config"]["seed"] for _, target in group})
 
 
 def _family(target):

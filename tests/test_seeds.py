@@ -100,6 +100,8 @@ def test_an_evaluation_shows_seeds_as_one_row(alone, tmp_path):
     for seed, state in zip((3, 5), alone, strict=True):
         paths.append(tmp_path / f"net_seed{seed}.pth.tar")
         torch.save(state, paths[-1])
+    again = tmp_path / "again.pth.tar"  # of the first seed, once more
+    torch.save({**alone[0], "log": []}, again)
     other = {**alone[0], "config": {**alone[0]["config"], "lr": 7.0}}
     torch.save(other, tmp_path / "other.pth.tar")
     given = ["--dataset", "synthetic", "--limit", 40, "--device", "cpu", "--attacks", "fgsm"]
@@ -120,3 +122,6 @@ def test_an_evaluation_shows_seeds_as_one_row(alone, tmp_path):
     assert {"clean", "fgsm", "worst"} == group["attacks"].keys()
     table = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(table) == 9 and "standard deviation" in out
+    given += ["--overwrite", "--results", tmp_path / "results.json"]
+    _, out, _ = run(robustness, *given, "--checkpoints", *paths, again)
+    assert sum(line.startswith("| Softmax") for line in out.splitlines()) == 3 and "±" not in out

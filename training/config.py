@@ -34,7 +34,7 @@ class RunConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: Seed = 0
-    seeds: tuple[Seed, ...] = ()  # train with one after another, in files named by the seed
+    seeds: tuple[Seed, ...] = ()  # train with each, in files named by it; {seed} in --init-from is it
     seeds_per_rank: bool = False  # under torchrun each rank trains with seeds of its own
     sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower, and uncompiled
 
@@ -53,10 +53,7 @@ class RunConfig:
         return self.log_path.with_suffix(".csv")
 
     def of_seed(self, seed):
-        """The settings of one of `seeds`: its number is in the names of its files.
-
-        `{seed}` in --init-from stands for it.
-        """
+        """The settings of one of `seeds`, whose number is in the names of its files."""
         changes = {"seed": seed, "seeds": (), "seeds_per_rank": False}
         for name in ("save_to", "log_to"):
             if path := getattr(self, name):

@@ -124,9 +124,8 @@ def make_attack(run, adversary, compiled):
 def accuracy(model, split):
     """Return the accuracy in percent on `split`: float32 (TF32 on a GPU), eval mode, argmax of the logits."""
     correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    distributed.take_over(
-        model.buffers()
-    )  # without synchronised batch norm ranks have statistics of their own
+    # Without synchronised batch norm ranks have statistics of their own.
+    distributed.take_over(model.buffers())
     with utils.evaluating(model):
         for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
             images, labels = distributed.part(images), distributed.part(labels)
