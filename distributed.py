@@ -36,6 +36,7 @@ def begin(fault):
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     import torch.distributed as dist
+    import torch.distributed.elastic.multiprocessing.errors
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
@@ -207,8 +208,8 @@ def last_words(status, message, error):
             message, status = "", int(_store.get("end")) if lost else status
         else:
             _store.set("end", str(status))
-            if not lost:
-                _tell_torchrun(error)
+            if not lost:  # torchrun's own report takes the error from there
+                dist.elastic.multiprocessing.errors.get_error_handler().record_exception(error)
     return _ended(status), message
 
 
@@ -241,10 +242,3 @@ def _process_ended(number, elsewhere):
     except ProcessLookupError:
         return True
     return False
-
-
-def _tell_torchrun(error):
-    """Write the error where torchrun's own report takes it from."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    get_error_handler().record_exception(error)
