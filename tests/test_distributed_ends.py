@@ -201,6 +201,7 @@ def test_bad_input_is_one_line_from_all_ranks(tmp_path):
     assert "rank 1 has other options than rank 0: lr 1.1, not 0.1" in said
     said = refused(2, *TRAIN, *save, prepare=other_images, status=3)
     assert "rank 1 has other data than rank 0: train" in said
+    assert "several ranks do not compile" in refused(2, *TRAIN, *save, "--compile", "on")
     assert "--epochs x" in refused(2, *TRAIN, *save, "--epochs", "x")
     assert "2 ranks need a GPU each" in refused(2, *TRAIN, *save, "--device", "cuda")
     (tmp_path / "softmax.log").write_text("a diary\n")

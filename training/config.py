@@ -31,12 +31,12 @@ class RunConfig:
     save_every_minutes: Positive | None = 10.0  # saves within an epoch too; none: only after each
     max_minutes: Positive | None = None  # stop after so long, saved, to be resumed
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware has it
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on a GPU; several ranks do not compile
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: Seed = 0
     seeds: tuple[Seed, ...] = ()  # train with each, in files named by it; {seed} in --init-from is it
     seeds_per_rank: bool = False  # under torchrun each rank trains with seeds of its own
-    sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower, and uncompiled
+    sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower
 
     @property
     def resumes(self):

@@ -22,6 +22,8 @@ def claim(config):
         raise UsageError(
             f"--batch-size {config.batch_size}: fewer images than the {distributed.world} ranks; begin fewer"
         )
+    if config.compile == "on" and distributed.world > 1:
+        raise UsageError("--compile on: several ranks do not compile; leave it out")
     with utils.hold(config.save_to), utils.hold(config.log_path):
         if not config.resumes:
             return claim_files(config)

@@ -75,7 +75,7 @@ def train_epoch(run, forward, attack, stop):
 def make_steps(run, adversary, stop):
     """Return (forward, attack), compiled where that is asked for and works; no adversary, no attack.
 
-    Several ranks compile nothing; each takes its part of a batch, and what forward returns is about the whole.
+    Several ranks compile nothing; each takes its part of a batch, and what forward returns is of the whole.
     """
 
     if distributed.world > 1:
