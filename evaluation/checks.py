@@ -16,6 +16,7 @@ import torch
 
 import data
 
+from . import readouts
 from .exact import exact_float32, memory_format
 from .outcome import QUANTILES, SATURATED_MARGIN, VANISHED_MARGIN, margin_quantiles, percent
 from .trials import ATTACKS, CLEAN, PGD_STEP, clean, in_255ths, make
@@ -26,6 +27,7 @@ MOST_QUERIES = 1000  # of Square
 # In percent of the images: up to here a difference is noise, and from here on a defect.
 NOISE_PERCENT, DEFECT_PERCENT = 1.0, 5.0
 NOISE_IMAGES = 2  # so many images are noise whatever their share
+GUARANTEED_PERCENT = 95.0  # of the adversarial images that are known to be there; Zimmermann et al. (2022)
 FAR_WARN_PERCENT, FAR_FAIL_PERCENT = 5.0, 10.0  # right at FAR
 SATURATED_WARN_PERCENT = 25.0  # of the margins above 17
 OTHER_LOSSES = {"pgd": ("pgd-margin", "pgd-dlr"), "apgd-ce": ("apgd-dlr",)}  # the same attack on another loss
@@ -43,6 +45,8 @@ MEANINGS = {  # what a check that is not passed means and asks for
     "white box beats Square": "what knows less finds more: gradients are masked, believe Worst",
     "white box beats transfer": "what knows less finds more: gradients are masked, believe Worst",
     "losses agree": "gradient masking: cross-entropy overstates robustness, believe the lower number",
+    "guaranteed adversarials": "the attack misses what is there: do not believe its column; take the margin, "
+    "more steps and --random-start",
     "gradients": "masked gradients: an image without one is never changed and counts as robust, so "
     "believe Worst, with pgd-margin, apgd-dlr and square among the --attacks",
     "logit margins": "from 17 on cross-entropy's gradient fades, by 104 it is gone: attack the margin",
@@ -109,6 +113,7 @@ def sanity(results, target):
         noise_is_weak(outcomes),
         *(white_box(outcomes, name) for name in BLIND if name in outcomes),
         losses_agree(outcomes),
+        guaranteed(found_in_readouts(results, target, outcomes[CLEAN])),
         gradients(outcomes),
         margins(outcomes),
     ]
@@ -247,6 +252,34 @@ def white_box(outcomes, blind, guided=("pgd",)):
     share, titles = percent(missed), ", ".join(ATTACKS[name].title for name in guided)
     seen = f"{share:.2f} % of all images fall to {BLIND[blind]} and not to {titles}"
     return _graded(f"white box beats {BLIND[blind]}", share, missed, seen)
+
+
+def found_in_readouts(results, target, unattacked):
+    """What the attacks of the table find with read-outs, on images of the sample that are right."""
+    split = results.checks[CLEAN].of(results.dataset.test)
+    right = unattacked.correct.nonzero()[:, 0]
+    spread = torch.linspace(0, len(right) - 1, min(readouts.IMAGES, len(right))).round().long()
+    chosen = right[spread].to(split.labels.device)
+    return readouts.search(target, data.Split(split.images[chosen], split.labels[chosen]), results.config)
+
+
+def guaranteed(found):
+    """Each attack of many steps finds the adversarial images that are known to be there."""
+    name = "guaranteed adversarials"
+    if not found.images:
+        return Finding(name, "WARN", "no verdict: no image has a read-out", "nothing is known to be there")
+    random = max(found.surface, found.corners)
+    lowest = min(share for attack, share in found.attacks.items() if attack != "fgsm")  # which is one step
+    shares = {ATTACKS[attack].title: share for attack, share in found.attacks.items()}
+    shares |= {"random points": found.surface, "corners": found.corners}
+    fewest = min(found.inner)
+    fewer = f" ({found.inner[fewest]} of them among {fewest} points)" if fewest < readouts.INNER[0] else ""
+    seen = f"found of {found.images}{fewer}: " + ", ".join(
+        f"{who} {share:.0f} %" for who, share in shares.items()
+    )
+    if GUARANTEED_PERCENT <= lowest <= random:
+        return Finding(name, "WARN", f"no verdict: {seen}", "random search finds as many, so it shows little")
+    return _finding(name, seen, False, lowest < GUARANTEED_PERCENT)
 
 
 def _others(outcomes, plain):

@@ -283,7 +283,7 @@ def test_sanity_is_printed_and_kept(root, tmp_path, capsys):
     config = config_of(root, tmp_path / "r.json", ("pcl",), attacks=(), sanity=True, sanity_images=4)
     lines, report = run(capsys, config)
     (kept,) = report["sanity"].values()
-    assert len(kept) == 12
+    assert len(kept) == 13
     for finding in kept:
         assert any(line.startswith(f"{finding['status']:4}  {finding['name']}: ") for line in lines)
     assert list(report["checkpoints"][0]["attacks"]) == ["clean"]

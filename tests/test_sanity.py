@@ -121,7 +121,7 @@ class Backwards(Scaled):
 def test_plain_network_raises_no_flag(plain):
     found = checked(plain, source=plain)
     assert flags(found) == set(), "\n".join(map(str, found.values()))
-    assert len(found) == 13
+    assert len(found) == 14
 
 
 @pytest.mark.parametrize(
