@@ -42,6 +42,10 @@ def test_every_command_is_one_that_the_scripts_take(page):
         if name == "checkpoints.py":
             continue
         module = importlib.import_module(name.removesuffix(".py"))
+        if not hasattr(module, "Config"):
+            if all((ROOT / option).exists() for option in options):
+                module.main([str(ROOT / option) for option in options])
+            continue
         cli.parse_config(module.Config, options)
 
 
