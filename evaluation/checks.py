@@ -45,8 +45,8 @@ MEANINGS = {  # what a check that is not passed means and asks for
     "white box beats Square": "what knows less finds more: gradients are masked, believe Worst",
     "white box beats transfer": "what knows less finds more: gradients are masked, believe Worst",
     "losses agree": "gradient masking: cross-entropy overstates robustness, believe the lower number",
-    "guaranteed adversarials": "the attack misses what is there: do not believe its column; take the margin, "
-    "more steps and --random-start",
+    "guaranteed adversarials": "an attack below 95 % misses what is there: do not believe its column, take "
+    "the margin, more or longer steps, --random-start",
     "gradients": "masked gradients: an image without one is never changed and counts as robust, so "
     "believe Worst, with pgd-margin, apgd-dlr and square among the --attacks",
     "logit margins": "from 17 on cross-entropy's gradient fades, by 104 it is gone: attack the margin",
@@ -272,8 +272,10 @@ def guaranteed(found):
     lowest = min(share for attack, share in found.attacks.items() if attack != "fgsm")  # which is one step
     shares = {ATTACKS[attack].title: share for attack, share in found.attacks.items()}
     shares |= {"random points": found.surface, "corners": found.corners}
-    fewest = min(found.inner)
-    fewer = f" ({found.inner[fewest]} of them among {fewest} points)" if fewest < readouts.INNER[0] else ""
+    fewer = ", ".join(
+        f"{n} with {points} points" for points, n in found.inner.items() if points < max(readouts.INNER)
+    )
+    fewer = f" ({fewer})" if fewer else ""
     seen = f"found of {found.images}{fewer}: " + ", ".join(
         f"{who} {share:.0f} %" for who, share in shares.items()
     )

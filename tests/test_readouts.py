@@ -1,6 +1,9 @@
 """The attack unit test: it tells attacks that work from those that do not, on read-outs made for it."""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,7 +174,7 @@ def test_fewer_points_where_that_many_cannot_be_told_apart():
     found = found_on(narrow.requires_grad_(False), count=20)
     assert 0 < found.images < 20 and sum(found.inner.values()) == found.images
     assert set(found.inner) & set(readouts.INNER[1:])
-    assert "points)" in checks.guaranteed(found).seen
+    assert " points)" in checks.guaranteed(found).seen
 
 
 def of_50(surface=0.0, corners=0.0, **attacks):
@@ -199,3 +202,22 @@ def test_the_verdict(found, status):
     assert finding.seen.startswith("no verdict") == (status == "WARN")
     for share in (*found.attacks.values(), found.surface, found.corners):
         assert f" {share:.0f} %" in finding.seen
+
+
+def test_the_page_says_what_was_found_on_the_committed_networks():
+    """results/readouts.json: what --sanity says of each, as a row of results/README.md."""
+    folder = Path(__file__).resolve().parent.parent / "results"
+    networks = json.loads((folder / "readouts.json").read_text())["networks"]
+    lines = (folder / "README.md").read_text().splitlines()
+    rows = [re.sub(r"[*\s]", "", line).split("|")[2:-1] for line in lines if line.startswith("|")]
+    for network in networks:
+        shares = [*network["attacks"].values(), network["surface"], network["corners"]]
+        assert [str(network["images"]), *(f"{share:.0f}" for share in shares), network["status"]] in rows
+        inner = {int(number): images for number, images in network["inner"].items()}
+        found = readouts.Found(inner=inner, **{n: network[n] for n in readouts.Found._fields if n != "inner"})
+        finding = checks.guaranteed(found)
+        assert (finding.status, finding.seen) == (network["status"], network["seen"])
+    committed = {
+        str(path.relative_to(folder.parent)) for path in folder.parent.glob("Models_*/*depth20*.pth.tar")
+    }
+    assert {network["path"] for network in networks} == committed
