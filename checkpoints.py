@@ -31,18 +31,19 @@ import torch
 import cli
 import distributed
 import utils
-from resnet_model import clean_state_dict, network_of
+from models import network_of
+from resnet_model import clean_state_dict
 from utils import CheckpointError, Fault, FileSystemError, UsageError
 
 FORMAT = 2  # version of the checkpoint's layout
 LARGEST = 2**32  # bytes of a file; a whole run of depth 110 is 16 MB
 LARGEST_CONTENT = 10**7  # characters of all texts, each number and container counting as ten
 DEEPEST = 16  # containers within one another
-SCRIPTS = {  # the script that makes a checkpoint of this name
-    "CIFAR10_Softmax": "softmax_training.py",
-    "CIFAR10_PCL": "pcl_training.py",
-    "CIFAR10_PCL_AdvTrain_FGSM": "pcl_training_adversarial_fgsm.py",
-    "CIFAR10_PCL_AdvTrain_PGD": "pcl_training_adversarial_pgd.py",
+SCRIPTS = {  # the script that makes a checkpoint of this name, after that of the data set
+    "Softmax": "softmax_training.py",
+    "PCL": "pcl_training.py",
+    "PCL_AdvTrain_FGSM": "pcl_training_adversarial_fgsm.py",
+    "PCL_AdvTrain_PGD": "pcl_training_adversarial_pgd.py",
 }
 FIELDS = {  # the types of what is read by name, here and in training and evaluation
     **dict.fromkeys(("state_dict", "criterion", "config", "network", "data", "versions"), dict),
@@ -190,7 +191,7 @@ def check_file(path):
         raise CheckpointError(f"{path}: is a directory; name the checkpoint in it")
     if not path.exists():
         there = sorted(str(f) for f in path.parent.glob("*.pth*") if f.suffix not in (".lock", ".tmp"))
-        script = SCRIPTS.get(path.name.split(".")[0])
+        script = SCRIPTS.get(path.name.split(".")[0].partition("_")[2])
         maker = f"python {script} makes it; " if script else ""
         raise CheckpointError(f"{path}: no such file; {maker}in its folder: {', '.join(there) or 'none'}")
     try:
@@ -227,10 +228,11 @@ def _check_zip(path, content):
 
 
 class Network(NamedTuple):
-    """A network in a file: all that was saved, float32 weights and prototypes, `resnet`'s arguments."""
+    """A network in a file: all that was saved, float32 weights and prototypes, its name and arguments."""
 
     state: dict
     weights: dict
+    model: str
     arguments: dict
     criterion: dict
     sha256: str  # of the bytes that were read
@@ -248,14 +250,15 @@ def read_network(path):
         raise CheckpointError(f"{path}: holds no weights (no state_dict); is it a network's checkpoint?")
     try:
         weights = clean_state_dict({k: v for k, v in weights.items() if isinstance(v, torch.Tensor)})
-        arguments = network_of(weights)
+        said = state.get("network", {}) if "format" in state else {}
+        model, arguments = network_of(weights, said)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; was it made by another network?") from None
     weights = check_finite(weights, path)
     if "format" not in state:  # another project's, where these names mean something else
         state = {name: state[name] for name in state if name not in FIELDS or name == "state_dict"}
     criterion = check_finite(state.get("criterion", {}), path)
-    return Network(state, weights, arguments, criterion, hashlib.sha256(content).hexdigest())
+    return Network(state, weights, model, arguments, criterion, hashlib.sha256(content).hexdigest())
 
 
 def check_finite(tensors, path):
@@ -291,6 +294,18 @@ def check_classes(state, path, classes):
         raise CheckpointError(
             f"{path}: trained on other classes ({there}, ...) than this data set has "
             f"({', '.join(classes[:3])}, ...); give the --dataset it was trained on"
+        )
+
+
+def check_images(arguments, path, dataset):
+    """Raise CheckpointError when a network of these arguments takes other images than those of `dataset`."""
+    kinds = {1: "grey", 3: "colour"}
+    takes, (found, _, side) = len(arguments["mean"]), dataset.shape
+    if (takes, arguments.get("side", side)) != (found, side):
+        size = f" of {arguments['side']} pixels" if "side" in arguments else ""
+        raise CheckpointError(
+            f"{path}: a network for {kinds.get(takes, takes)} images{size}, but those of {dataset.name} are "
+            f"{kinds.get(found, found)}, of {side} pixels; give the --dataset it was trained on"
         )
 
 

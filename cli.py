@@ -177,7 +177,8 @@ def parse_config(config_class, argv):
 
     `batch_size` is `--batch-size`; a field's trailing comment is its help, the comment line above a group its
     heading. Floats take fractions, booleans are flags, tuples take several values, `none` is None.
-    Raises UsageError for a bad value, typed or edited into the script.
+    A method `follows` of the Config, where there is one, takes the values of `argv` and returns defaults that
+    follow from them. Raises UsageError for a bad value, typed or edited into the script.
     """
     parser = Parser(
         description=sys.modules[config_class.__module__].__doc__,
@@ -195,7 +196,11 @@ def parse_config(config_class, argv):
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(_unknown_name("option", unknown[0].split("=")[0], options))
-    config = config_class(**vars(values))
+    given = vars(values)
+    config = config_class(**given)
+    if hasattr(config, "follows"):
+        check_values(config)
+        config = config_class(**{**config.follows(given), **given})
     validate(config)
     return config
 
@@ -220,7 +225,9 @@ def field_comments(config_class):
                 name, written, comment = match.groups()
                 group, _, inherited = found.get(name, (heading, "", ""))
                 found[name] = group, written, comment or inherited
-    return found
+    return {
+        field.name: found[field.name] for field in dataclasses.fields(config_class) if field.name in found
+    }
 
 
 def _add_option(group, field, hint, written, comment):
@@ -239,7 +246,7 @@ def _add_option(group, field, hint, written, comment):
         how = {"action": argparse.BooleanOptionalAction}
     elif part is not kind:
         how |= {"nargs": "*", "action": _ToTuple}
-    group.add_argument(_option(field.name), dest=field.name, default=default, help=help_text, **how)
+    group.add_argument(_option(field.name), dest=field.name, default=argparse.SUPPRESS, help=help_text, **how)
 
 
 class _ToTuple(argparse.Action):
@@ -290,15 +297,21 @@ def _kind(hint):
     return _Kind(hint)
 
 
+def check_values(config):
+    """Raise UsageError for the first value of `config` that is of the wrong type or out of bounds."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        _check(field.name, getattr(config, field.name), hints[field.name])
+    return hints
+
+
 def validate(config):
-    """Raise UsageError for the first value of `config` that is of the wrong type or out of bounds.
+    """Raise UsageError for values of `config` that cannot be, each by itself or together.
 
     Of two fields `x_min` and `x_max` the first must not be above the second. A method `check` of the Config
     may refuse values that make no sense together.
     """
-    hints = get_type_hints(type(config), include_extras=True)
-    for field in dataclasses.fields(config):
-        _check(field.name, getattr(config, field.name), hints[field.name])
+    hints = check_values(config)
     for low in (name for name in hints if name.endswith("_min")):
         high = low.removesuffix("_min") + "_max"
         if getattr(config, low) > getattr(config, high):

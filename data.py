@@ -6,36 +6,27 @@ attacks see floats in [0, 1], which `to_float` makes. Shuffles and augmentations
 on the CPU that the caller seeds: a run can be repeated, or resumed within an epoch, on any device.
 """
 
-import contextlib
 import functools
 import hashlib
-import io
 import math
-import pickle
-import socket
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 import image_folder
-import utils
-from image_folder import SIDE, SPLITS, unusable
+import torchvision_sets
+from image_folder import SPLITS, unusable
 from utils import DataError
-
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 N x 3 x H x W, and their labels, int64 N, on one device."""
+    """Images, uint8 N x C x H x W, and their labels, int64 N, on one device."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -65,6 +56,17 @@ class Dataset:
     holdout: int = 0
 
     @property
+    def shape(self):
+        """Channels, height and width of its images."""
+        return tuple((self.test if self.train is None else self.train).images.shape[1:])
+
+    @property
+    def kind(self):
+        """Its row of SETS. Images of the user's own are treated as CIFAR-10's, grey ones as MNIST's."""
+        like = "mnist" if self.shape[0] == 1 else "cifar10"
+        return SETS[like if self.name == "folder" or self.name not in SETS else self.name]
+
+    @property
     def tested(self):
         """What to call the images of `test`."""
         return "held-out training" if self.holdout else "test"
@@ -82,8 +84,9 @@ class Dataset:
 def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", splits=SPLITS):
     """Read the data set called `dataset`, one of DATASETS, onto `device`. Raises DataError.
 
-    `cifar10` is read from DATA_DIR/cifar-10-batches-py and downloaded when it is not there; `folder` is read
-    from DATA_DIR/{train,test}/<class>/<image files>; `synthetic` is drawn, and `seed` decides what.
+    What torchvision knows is read from where torchvision keeps it below DATA_DIR, and downloaded where it is
+    not there; `folder` is read from DATA_DIR/{train,test}/<class>/<image files>; `synthetic` is drawn, and
+    `seed` decides what.
     `limit` keeps that many images of each split: the first of each class, in their order; all, where a split
     has fewer. `holdout` takes that many images, the last of each class, out of the training images. They take
     the place of the test images, which are not read, so that settings can be chosen by them.
@@ -92,7 +95,7 @@ def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", spli
         root, loaded = Path(data_dir).expanduser(), dict.fromkeys(SPLITS)
     except RuntimeError as cause:
         raise unusable(data_dir, "begins with a user who has no home here; change --data-dir") from cause
-    classes, found = _READERS[dataset](root, ("train",) if holdout else splits, seed)
+    classes, found = SETS[dataset].read(root, ("train",) if holdout else splits, seed)
     if limit is not None:
         _check_count("limit", limit, max(len(labels) for labels, _ in found.values()), "images can be kept")
     for split in splits:
@@ -103,7 +106,11 @@ def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", spli
             held = np.sort(len(labels) - 1 - balanced_indices(labels[::-1], holdout))
             kept = held if split == "test" else np.setdiff1d(kept, held)
         kept = kept[balanced_indices(labels[kept], limit)]
-        loaded[split] = Split(read(kept).to(device), torch.from_numpy(labels[kept]).to(device, torch.int64))
+        images, shape = read(kept), SETS[dataset].shape
+        if shape and images.shape[1:] != shape:
+            there, wanted = (" x ".join(map(str, sizes)) for sizes in (images.shape[1:], shape))
+            raise unusable(root, f"has {split} images of {there}, not {wanted}")
+        loaded[split] = Split(images.to(device), torch.from_numpy(labels[kept]).to(device, torch.int64))
     return Dataset(dataset, classes, **loaded, holdout=holdout)
 
 
@@ -121,55 +128,6 @@ def balanced_indices(labels, limit):
 def _check_count(name, count, most, words):
     if not 1 <= count <= most:
         raise DataError(f"{name} {count} is out of bounds: 1 to {most} {words}")
-
-
-# A reader takes (root, splits, seed). It returns the class names and, of each split, the
-# labels of all images and a function that reads the images of given indices: none is read beyond the limit.
-
-
-def _read_cifar10(root, splits, seed):
-    found = {}
-    for split in splits:
-        files = CIFAR10.train_list if split == "train" else CIFAR10.test_list
-        paths = [root / CIFAR10.base_folder / name for name, _ in files]
-        if not all(path.exists() for path in paths):
-            _download_cifar10(root)
-        batches = [_unpickle(path, md5) for path, (_, md5) in zip(paths, files, strict=True)]
-        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
-        labels = np.concatenate([batch["labels"] for batch in batches])
-        if labels.min() < 0 or labels.max() > 9:
-            raise unusable(root, f"has {split} labels from {labels.min()} to {labels.max()}, beyond 0 to 9")
-        found[split] = labels, torch.from_numpy(images).__getitem__
-    return CIFAR10_CLASSES, found
-
-
-def _unpickle(path, md5):
-    """Return the content of a CIFAR-10 file. Nothing is unpickled but the very bytes whose MD5 is right."""
-    try:
-        content = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
-    except OSError as cause:
-        raise unusable(path, f"is unreadable ({cause.strerror}); delete it to unpack it again") from cause
-    if (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
-        raise unusable(path, f"is damaged (MD5 {found}, not {md5}); delete it to unpack it again")
-    return pickle.loads(content, encoding="latin1")
-
-
-def _download_cifar10(root):
-    """Unpack CIFAR-10's archive in `root`; download it first unless it is there and whole."""
-    bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever on a silent network
-    try:
-        with contextlib.redirect_stderr(bars):
-            download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-    except Exception as cause:  # network, archive and disk raise exceptions of many types
-        raise DataError(
-            f"CIFAR-10 is not at {utils.printable(root / CIFAR10.base_folder)} and could not be downloaded "
-            f"from {CIFAR10.url} ({cause!r}); give the folder that holds it, or {CIFAR10.filename}, with "
-            "--data-dir"
-        ) from cause
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 # Synthetic shapes need no download. Integers, and a sine rounded to one, give every machine the same pixels.
@@ -245,8 +203,73 @@ def _draw_shapes(labels, generator):
     return (behind + uniform(14, 38, 3, 1, 1) * cover // 16).to(torch.uint8)
 
 
-_READERS = {"cifar10": _read_cifar10, "folder": image_folder.read, "synthetic": _read_synthetic}
-DATASETS = tuple(_READERS)  # the names that `load` takes
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a data set before it is read; the defaults are CIFAR-10's.
+
+    read: (root, splits, seed) -> the class names and, of each split, the labels of all images and a function
+        that reads the images of given indices: none is read beyond the limit.
+    shape: channels, height and width of an image; None: those that are found.
+    mean, std: of each channel, with which its networks normalise.
+    padding, flip: of its augmentation.
+    stem: how the names of its checkpoints begin.
+    settings: what the scripts do otherwise on it; an option that is given wins.
+    """
+
+    read: Callable
+    shape: tuple[int, int, int] | None = (3, 32, 32)
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2023, 0.1994, 0.2010)
+    padding: int = 4
+    flip: bool = True
+    stem: str = "CIFAR10"
+    settings: dict = field(default_factory=dict)
+
+
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+DIGITS = tuple("0123456789")
+GREY = {"model": "cnn6", "epsilon": 0.3}
+_cifar, _mnist = torchvision_sets.read_cifar, torchvision_sets.read_mnist
+SETS = {
+    "cifar10": Kind(functools.partial(_cifar, CIFAR10, "CIFAR-10", CIFAR10_CLASSES)),
+    "cifar100": Kind(
+        functools.partial(_cifar, CIFAR100, "CIFAR-100", None),  # its files hold the names of its classes
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        stem="CIFAR100",
+    ),
+    "svhn": Kind(
+        functools.partial(torchvision_sets.read_svhn, DIGITS),
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+        flip=False,
+        stem="SVHN",
+    ),
+    "mnist": Kind(
+        functools.partial(_mnist, MNIST, "MNIST", DIGITS),
+        shape=(1, 28, 28),
+        mean=(0.1307,),
+        std=(0.3081,),
+        padding=0,
+        flip=False,
+        stem="MNIST",
+        settings=GREY,
+    ),
+    "fashion-mnist": Kind(
+        functools.partial(_mnist, FashionMNIST, "Fashion-MNIST", tuple(FashionMNIST.classes)),
+        shape=(1, 28, 28),
+        mean=(0.2860,),
+        std=(0.3530,),
+        padding=0,
+        stem="FashionMNIST",
+        settings=GREY,
+    ),
+    "folder": Kind(image_folder.read, shape=None),
+    "synthetic": Kind(_read_synthetic),
+}
+DATASETS = tuple(SETS)  # the names that `load` takes
 
 
 # Batches
@@ -258,22 +281,24 @@ def to_float(images):
     return images / torch.full((), 255.0, device=images.device)
 
 
-def augment(images, generator, padding=4):
-    """Crop each image at random out of a black frame `padding` pixels wide, and mirror one in two.
+def augment(images, generator, padding=4, flip=True):
+    """Crop each image at random out of a black frame `padding` pixels wide, and mirror one in two to `flip`.
 
     Takes and returns N x C x H x W of any type and memory format; all outcomes are equally likely. One number
     an image is drawn from `generator`, which is on the CPU whatever the device of the images.
     """
-    shifts = 2 * padding + 1
+    shifts, ways = 2 * padding + 1, 2 if flip else 1
+    if shifts == ways == 1:
+        return images
     # From pinned memory a copy does not wait for what a GPU is still doing.
-    drawn = torch.randint(2 * shifts**2, (len(images),), generator=generator, pin_memory=images.is_cuda)
+    drawn = torch.randint(ways * shifts**2, (len(images),), generator=generator, pin_memory=images.is_cuda)
     drawn = drawn.to(images.device, non_blocking=images.is_cuda)
-    flip, down, right = drawn % 2 == 1, drawn // 2 // shifts, drawn // 2 % shifts
+    mirrored, down, right = drawn % ways == 1, drawn // ways // shifts, drawn // ways % shifts
     frame = F.pad(images, (padding,) * 4)
     # A view of every crop there is: N x C x down x right x H x W.
     windows = frame.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
     crops = windows[torch.arange(len(images), device=images.device), :, down, right]
-    return torch.where(flip[:, None, None, None], crops.flip(-1), crops, out=torch.empty_like(images))
+    return torch.where(mirrored[:, None, None, None], crops.flip(-1), crops, out=torch.empty_like(images))
 
 
 def num_batches(num_images, batch_size):

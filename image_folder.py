@@ -1,4 +1,4 @@
-"""Images of the user's own: ROOT/{train,test}/<class>/<image files>, of 32 x 32 pixels, RGB, 8 bits."""
+"""Images of the user's own: ROOT/{train,test}/<class>/<image files>, 32 x 32 RGB or 28 x 28 grey."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ import utils
 from utils import DataError
 
 SPLITS = ("train", "test")
-SIDE = 32  # pixels of an image's sides: those of CIFAR-10, for which the network is made
+KINDS = ("32x32 RGB", "28x28 L")  # as CIFAR-10's and as MNIST's
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # whatever the ending: EPS would run a program
 
@@ -22,18 +22,18 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # whatever the ending: 
 def read(root, splits, seed=None):
     """Return the class names of the folders of images in `root`, and of each split (labels, reader).
 
-    A reader takes indices and returns the images, uint8 N x 3 x 32 x 32. DataError names the first file or
+    A reader takes indices and returns the images, uint8 N x C x H x W. DataError names the first file or
     folder that does not fit: nothing is left out without a word.
     """
     present = [name for name in SPLITS if name in splits or (root / name).is_dir()]
-    found, met = {}, {}
+    found, met, kinds = {}, {}, []
     try:
         classes = {name: _class_names(root / name) for name in present}
         for has, lacks in itertools.permutations(present, 2):
             for name in sorted(set(classes[has]) - set(classes[lacks])):
                 raise unusable(root / has / name, f"is a class that {lacks} lacks; add or delete it")
         for split in splits:
-            found[split] = _list_images(root / split, classes[split], met)
+            found[split] = _list_images(root / split, classes[split], met, kinds)
     except OSError as cause:
         raise unusable(
             cause.filename,
@@ -50,8 +50,11 @@ def _class_names(folder):
     return names
 
 
-def _list_images(folder, classes, met):
-    """Return the labels of the images below `folder`, by class, folder and name, and their reader."""
+def _list_images(folder, classes, met, kinds):
+    """Return the labels of the images below `folder`, by class, folder and name, and their reader.
+
+    kinds: the kind of the first image that was ever read, which all must have; it is added to.
+    """
     images, left_out = [], Counter()
     for name, place, file in _files_below(folder, met):
         ending = os.path.splitext(file)[1].lower()
@@ -66,10 +69,10 @@ def _list_images(folder, classes, met):
     for label in sorted(set(range(len(classes))) - set(labels)):
         raise unusable(folder / classes[label], f"holds no image ({' '.join(ENDINGS)}); add or delete it")
     if left_out:
-        kinds = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common())
-        utils.say(utils.printable(f"{folder}: {left_out.total()} files are left out as no images: {kinds}"))
+        listed = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common())
+        utils.say(utils.printable(f"{folder}: {left_out.total()} files are left out as no images: {listed}"))
     paths = [os.path.join(place, file) for _, place, file in images]
-    return labels, lambda indices: _read_images([paths[i] for i in indices])
+    return labels, lambda indices: _read_images([paths[i] for i in indices], kinds)
 
 
 def _files_below(folder, met):
@@ -101,22 +104,23 @@ def _files_below(folder, met):
                 raise unusable(entry.path, "is a pipe, a socket, a device or a broken link; delete it")
 
 
-def _read_images(paths):
-    """Return the images of `paths`, uint8 N x 3 x 32 x 32; a DataError names the first that does not fit."""
-    wanted, images = f"{SIDE}x{SIDE} RGB", np.empty((len(paths), 3, SIDE, SIDE), dtype=np.uint8)
-    for i, path in enumerate(utils.progress(paths, len(paths), "reading images")):
+def _read_images(paths, kinds):
+    """Return the images of `paths`, uint8 N x C x H x W; a DataError names the first that does not fit."""
+    images = []
+    for path in utils.progress(paths, len(paths), "reading images"):
         try:
             # No warning matters: damaged EXIF data leave the pixels alone, and huge pictures are refused.
             with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
                 found = _describe_picture(image)
-                pixels = np.asarray(image) if found == wanted else None
+                kinds += [found] if found in KINDS and not kinds else []
+                pixels = np.asarray(image) if found in kinds else None
         except Exception as cause:  # the image library raises nearly anything on a broken file
             reason = utils.printable(repr(cause))
             raise unusable(path, f"is no readable image ({reason}); replace it") from cause
         if pixels is None:
-            raise unusable(path, f"is {found}, not {wanted}; convert it")
-        images[i] = pixels.transpose(2, 0, 1)
-    return torch.from_numpy(images)
+            raise unusable(path, f"is {found}, not {' or '.join(kinds or KINDS)}; convert it")
+        images.append(np.atleast_3d(pixels).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(images))
 
 
 def _describe_picture(image):

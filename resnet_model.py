@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images
 CHANNEL_STD = (0.2023, 0.1994, 0.2010)
+UNTOLD = {"mean": CHANNEL_MEAN, "std": CHANNEL_STD}  # arguments that no weight tells, and what they were once
+SETTINGS = {}  # what the scripts do otherwise with this network
 BOTTLENECK_FROM = 44  # the depth from which blocks are bottlenecks, as in the released code
 
 
@@ -94,17 +96,23 @@ def _stage(block, in_channels, channels, blocks, stride):
 class ResNet(nn.Module):
     """A three-stage ResNet for 32 x 32 images (any size works); `resnet` makes it and checks the arguments.
 
-    `feat_dims` maps the name of each feature in `Outputs`, shallow to deep, to its width.
+    `feat_dims` maps the name of each feature in `Outputs`, shallow to deep, to its width. `arguments` are
+    those of `resnet`, in plain Python.
     """
 
-    def __init__(self, num_classes, depth, aux_dim, fc_dim):
+    name = "resnet"
+
+    def __init__(self, num_classes, depth, aux_dim, fc_dim, mean, std):
         super().__init__()
         self.num_classes, self.depth, self.aux_dim, self.fc_dim = num_classes, depth, aux_dim, fc_dim
+        self.arguments = {"num_classes": num_classes, "depth": depth, "aux_dim": aux_dim, "fc_dim": fc_dim}
+        self.arguments |= {"mean": list(mean), "std": list(std)}
+        self.label = f"depth {depth}"
         block = Bottleneck if depth >= BOTTLENECK_FROM else BasicBlock
         blocks = (depth - 2) // 6
         width1, width2, width3 = 16 * block.expansion, 32 * block.expansion, 64 * block.expansion
 
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(len(mean), 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(block, 16, 16, blocks, stride=1)
         self.layer2 = _stage(block, width1, 32, blocks, stride=2)
@@ -115,14 +123,14 @@ class ResNet(nn.Module):
         self.feat_dims = {"layer2": aux_dim or width2, "layer3": width3, "fc": fc_dim}
 
         # Not persistent: the released state_dict has no such keys.
-        self.register_buffer("mean", torch.tensor(CHANNEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CHANNEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # std sqrt(2 / (k * k * out_channels))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images):
-        """Features and class scores of `images`, N x 3 x H x W in [0, 1]."""
+        """Features and class scores of `images`, N x C x H x W in [0, 1]."""
         x = (images - self.mean) / self.std
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         stage2 = self.layer2(self.layer1(x))
@@ -138,7 +146,7 @@ class ResNet(nn.Module):
         return self(images).logits
 
 
-def resnet(num_classes=10, depth=110, aux_dim=0, fc_dim=1024):
+def resnet(num_classes=10, depth=110, aux_dim=0, fc_dim=1024, mean=CHANNEL_MEAN, std=CHANNEL_STD):
     """Make a ResNet with fresh weights: He's fan-out normal convolutions, the rest as PyTorch draws it.
 
     num_classes: from 2 up.
@@ -147,6 +155,7 @@ def resnet(num_classes=10, depth=110, aux_dim=0, fc_dim=1024):
     aux_dim: width of the paper's auxiliary branch on the second stage (Table 1: GAP, then FC(512)); 0: none.
         The branch adds the parameters `aux.weight` and `aux.bias`, and its output is the feature `layer2`.
     fc_dim: width of the penultimate layer, the feature `fc`: 1024 in the paper, 2 in its Figure 1.
+    mean, std: of each channel, 1 or more, with which images are normalised.
     Raises ValueError for any other argument.
     """
     if type(depth) is not int or depth < 8 or depth % 6 != 2:
@@ -157,7 +166,21 @@ def resnet(num_classes=10, depth=110, aux_dim=0, fc_dim=1024):
         raise ValueError(f"aux_dim {aux_dim!r}: must be 0 (no auxiliary branch) or a width, such as 512")
     if type(fc_dim) is not int or fc_dim < 1:
         raise ValueError(f"fc_dim {fc_dim!r}: must be a whole number from 1 up")
-    return ResNet(num_classes, depth, aux_dim, fc_dim)
+    return ResNet(num_classes, depth, aux_dim, fc_dim, *checked_normalisation(mean, std))
+
+
+make = resnet
+
+
+def checked_normalisation(mean, std):
+    """`mean` and `std` as tuples; ValueError unless they are numbers, one of each a channel."""
+    for name, values, least in (("mean", mean, 0), ("std", std, 1e-3)):
+        known = isinstance(values, tuple | list) and all(type(value) in (int, float) for value in values)
+        if not known or not 1 <= len(values) <= 16 or not all(least <= value <= 1 for value in values):
+            raise ValueError(f"{name} {values!r}: must be numbers from {least} to 1, one a channel")
+    if len(mean) != len(std):
+        raise ValueError(f"mean and std of {len(mean)} and {len(std)} channels: must be as many")
+    return tuple(mean), tuple(std)
 
 
 def clean_state_dict(state_dict):
@@ -176,11 +199,11 @@ def clean_state_dict(state_dict):
     return cleaned
 
 
-def network_of(state_dict):
+def network_of(state_dict, **untold):
     """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim, fc_dim.
 
-    All keys and shapes must fit, but wrappers' prefixes are ignored, and the batch counters, which early
-    versions of PyTorch did not save, may be missing. Raises ValueError when no network fits.
+    `untold`: those of UNTOLD. All keys and shapes must fit, but wrappers' prefixes are ignored, and the batch
+    counters, which early versions of PyTorch did not save, may be missing. Raises ValueError when none fits.
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})
@@ -194,7 +217,9 @@ def network_of(state_dict):
 
     name = f"ResNet-{arguments['depth']}"
     with torch.device("meta"):  # shapes without memory, and without drawing from the random generator
-        expected = {key: tuple(value.shape) for key, value in resnet(**arguments).state_dict().items()}
+        expected = {
+            key: tuple(value.shape) for key, value in resnet(**arguments, **untold).state_dict().items()
+        }
     for key in sorted(expected.keys() | shapes.keys()):
         if key not in expected:
             raise ValueError(f"not a {name}: {key} belongs to no such network")
@@ -206,7 +231,7 @@ def network_of(state_dict):
 
 
 class Folded(nn.Module):
-    """A frozen ResNet without batch norms: images, N x 3 x H x W in [0, 1], to logits; made by `folded`."""
+    """A frozen ResNet without batch norms: images, N x C x H x W in [0, 1], to logits; made by `folded`."""
 
     def __init__(self, model, dtype):
         super().__init__()

@@ -52,7 +52,7 @@ CurveAttacks = tuple[Literal[trials.CURVE_ATTACKS], ...]
 @dataclass(frozen=True)
 class Config:
     # data and files
-    dataset: Literal[data.DATASETS] = "cifar10"  # cifar10, folder (DATA_DIR/test/<class>/*) or synthetic
+    dataset: Literal[data.DATASETS] = "cifar10"  # folder: DATA_DIR/test/<class>/*
     data_dir: str = "data"  # where the images are, or are downloaded to
     limit: Count | None = None  # so many test images, the first of each class; none: all
     holdout: Whole = 0  # measure on the training images that the training with this --holdout left out
@@ -63,9 +63,9 @@ class Config:
     overwrite: bool = False  # start anew over a stopped or finished evaluation, or any file of these names
     # attacks
     attacks: Attacks = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
-    epsilon: Epsilon = 8 / 255  # L-infinity radius, in units of the pixel range [0, 1]
+    epsilon: Epsilon = 8 / 255  # L-infinity radius, of the pixel range [0, 1]; 0.3 on mnist, fashion-mnist
     num_steps: Count = 10  # of BIM, MIM, PGD on any loss, and transfer
-    step_size: StepSize | None = None  # none: as released, 2/255 for PGD, else epsilon / num_steps
+    step_size: StepSize | None = None  # none: 2/255 for PGD as released, else, and there, epsilon / num_steps
     random_start: bool = False  # PGD from a random point of the ball; the released evaluation does not
     restarts: Count = 1  # of PGD with random_start, and of APGD; an image counts by its worst
     decay: NotNegative = 1.0  # of MIM's momentum
@@ -87,6 +87,12 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     seed: Seed = 0
 
+    def follows(self, given):
+        """What follows from the data set: on MNIST and Fashion-MNIST the paper's radius and step."""
+        epsilon = given.get("epsilon", data.SETS[self.dataset].settings.get("epsilon"))
+        grey = bool(data.SETS[self.dataset].settings)
+        return {"epsilon": epsilon, "step_size": epsilon / self.num_steps or None} if grey else {}
+
     def check(self):
         """Raise UsageError for options that make no sense together."""
         if self.restarts > 1 and not self.random_start and not set(self.attacks) & {"apgd-ce", "apgd-dlr"}:
@@ -106,12 +112,16 @@ def checkpoints_of(config) -> list[str]:
 
     Raises CheckpointError when there is none.
     """
-    default = [path for path in DEFAULT_CHECKPOINTS if Path(path).exists()]
-    folders = dict.fromkeys(Path(path).parent for path in DEFAULT_CHECKPOINTS)
-    there = [str(path) for folder in folders for path in sorted(folder.glob("*.pth.tar"))]
+    stem = data.SETS[config.dataset].stem
+    own = [path.replace("CIFAR10", stem) for path in DEFAULT_CHECKPOINTS]
+    others = tuple(f"{kind.stem}_" for kind in data.SETS.values() if kind.stem != stem)
+    folders = dict.fromkeys(Path(path).parent for path in own)
+    there = [path for folder in folders for path in sorted(folder.glob("*.pth.tar"))]
+    there = [str(path) for path in there if not path.name.startswith(others)]
+    default = [path for path in own if Path(path).exists()]
     if not (found := list(config.checkpoints) or default or there):
         raise utils.CheckpointError(
-            f"no checkpoint: none of {', '.join(DEFAULT_CHECKPOINTS)} exists; "
+            f"no checkpoint: none of {', '.join(own)} exists; "
             "python softmax_training.py makes the first, --checkpoints names others"
         )
     return found
@@ -155,6 +165,8 @@ def prepare(config: Config, paths: list[str]) -> evaluation.Results:
         checkpoints.check_holdout(target.origin, target.path, dataset)
     path, classes = config.source_checkpoint, len(dataset.classes)
     source = None if path is None else evaluation.load_target(path, device, dataset.classes)
+    for target in (*targets, *([source] if source else [])):
+        checkpoints.check_images(target.arguments, target.path, dataset)
     return evaluation.Results(
         config,
         dataset,

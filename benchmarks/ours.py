@@ -88,6 +88,8 @@ def make_subject(config, device: torch.device) -> Subject:
         splits[name] = getattr(dataset, name)
     if config.init_from is not None:
         model = evaluation.load_target(config.init_from, device, dataset.classes).model
+        if model.depth is None:
+            raise utils.UsageError(f"--init-from {config.init_from}: is no ResNet, which the benchmark needs")
     else:
         model = calibrated(resnet(len(dataset.classes), config.depth).to(device), splits["train"])
     if config.dataset == "noise":

@@ -24,7 +24,6 @@ from unittest import mock
 import torch
 
 import cli
-import data
 import distributed
 import evaluation
 import utils
@@ -51,7 +50,7 @@ class Config:
     steps: tuple[Count, ...] = (1, 5, 10, 20)  # evaluation under PGD
     epoch_sizes: tuple[Count, ...] = (256, 512, 1024)  # images, stage 2
     # data and files
-    dataset: Literal["noise", *data.DATASETS] = "noise"  # noise: random pixels
+    dataset: Literal["noise", "cifar10", "folder", "synthetic"] = "noise"  # noise: random pixels
     data_dir: str = "data"
     init_from: str | None = None  # a checkpoint, whose depth then counts; none: fresh weights
     results: JsonFile = "results/throughput.json"  # and .md beside it

@@ -57,7 +57,7 @@ def sheet(folder):
     clean, attacked = block["images"][:SHOWN], block["adversarial"][:SHOWN]
     difference = (0.5 + MAGNIFIED * (attacked - clean)).clamp(0, 1)
     rows = [torch.cat(list(row), dim=2) for row in (clean, attacked, difference)]
-    pixels = (255 * torch.cat(rows, dim=1)).round().byte().permute(1, 2, 0).numpy()
+    pixels = (255 * torch.cat(rows, dim=1)).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
     pixels = np.repeat(np.repeat(pixels, ENLARGED, axis=0), ENLARGED, axis=1)
     with utils.replacing(folder.with_suffix(".png")) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")

@@ -207,7 +207,7 @@ def model_card(results, target):
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": dataset.name,
-        "architecture": f"ResNet-{target.depth}",
+        "architecture": f"ResNet-{target.depth}" if target.depth else "CNN-6",
         "eps": in_255ths(results.config.epsilon),
         "clean_acc": f"{left[CLEAN]:.2f}",
         "reported": f"{lowest:.2f}",

@@ -9,8 +9,8 @@ from torch import nn
 import attacks
 import checkpoints
 import prototype_conformity
+from models import build, folded
 from prototype_conformity import PrototypeConformityLoss
-from resnet_model import folded, resnet
 from utils import CheckpointError
 
 from .exact import memory_format
@@ -51,6 +51,7 @@ class Target:
     depth: int | None = None
     prototypes: PrototypeConformityLoss | None = None
     origin: dict = dataclasses.field(default_factory=dict)  # the script, settings and data behind it
+    arguments: dict = dataclasses.field(default_factory=dict)  # of its constructor
 
     @property
     def has_pull(self):
@@ -78,7 +79,8 @@ def load_target(path, device, classes, predict="softmax"):
     origin = {name: state[name] for name in names if name in state}
     fast = folded(model).network.to(memory_format=memory_format(device))
     label = _label(path, origin)
-    target = Target(label, read.sha256, model, fast, str(path), model.depth, prototypes, origin)
+    facts = (str(path), model.depth, prototypes, origin, read.arguments)
+    target = Target(label, read.sha256, model, fast, *facts)
     if predict == "softmax":
         return target
     if not target.has_pull:
@@ -103,7 +105,7 @@ def _label(path, origin):
 def _load(path, device):
     """(what was read, its network in eval mode, its prototypes or None)."""
     read = checkpoints.read_network(path)
-    model = resnet(**read.arguments)
+    model = build(read.model, read.arguments)
     model.load_state_dict(read.weights)
     model.to(device, memory_format=memory_format(device)).eval().requires_grad_(False)
     prototypes = _prototypes(path, read.criterion, read.state.get("config", {}), model)

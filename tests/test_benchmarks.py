@@ -57,7 +57,7 @@ def test_the_distances_and_their_gradients_are_those_of_the_modules(size, classe
 
 @pytest.mark.parametrize("row", ["stage1", "stage2"])
 def test_two_steps_leave_the_same_weights_and_prototypes(subject, row, monkeypatch):
-    monkeypatch.setattr(data, "augment", lambda images, generator: images)
+    monkeypatch.setattr(data, "augment", lambda images, *others: images)
     subject = dataclasses.replace(subject, config=dataclasses.replace(TINY, batch_size=8))
     run, train, _ = ours.begin(subject, row)
     assert run.dtype == torch.float32

@@ -46,7 +46,7 @@ def choose(run, steps, stop):
     if not wanted(config, run.device) or len(labels) != config.batch_size:
         return plain
     run.save_or_leave(stop)
-    minutes = MINUTES * run.model.depth / 110
+    minutes = MINUTES * (run.model.depth or 8) / 110  # CNN-6 has none
     utils.say(
         f"compiling, which takes about {minutes:.1g} minutes the first time; --compile off does without"
     )

@@ -4,19 +4,30 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import checkpoints
 import data
 import distributed
+import models
 from cli import Count, Positive, Seed, Whole
 from utils import UsageError
+
+FILES = {"save_to", "init_from"}  # settings that are named after the data set
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the Config of each training script inherits."""
+    """What the Config of each training script inherits.
 
+    Settings that are not given follow from the data set (names of files, the network), from the network, and
+    from the preset. `paper`: a script's differences under `--preset paper`; under "grey" those on grey sets.
+    """
+
+    paper: ClassVar[dict] = {}
+    # recipe
+    preset: Literal["released", "paper"] = "released"  # paper: its settings where none is given
+    model: Literal[tuple(models.NETWORKS)] = "resnet"  # cnn6: the paper's, on mnist and fashion-mnist
     # data and files
     dataset: Literal[data.DATASETS] = "cifar10"  # folder: DATA_DIR/{train,test}/<class>/*
     data_dir: str = "data"  # where the images are, or are downloaded to
@@ -37,6 +48,36 @@ class RunConfig:
     seeds: tuple[Seed, ...] = ()  # train with each, in files named by it; {seed} in --init-from is it
     seeds_per_rank: bool = False  # under torchrun each rank trains with seeds of its own
     sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower
+
+    def follows(self, given):
+        """The settings that follow from the values `given` on the command line. Raises UsageError."""
+        kind = data.SETS[self.dataset]
+        model = given.get("model", kind.settings.get("model", self.model))
+        for name in sorted(models.lacks(model) & given.keys()):
+            raise UsageError(f"--{name.replace('_', '-')}: {model} has none; leave it out")
+        found = {**kind.settings, **models.NETWORKS[model].SETTINGS, **self.preset_values(model)}
+        for name in FILES & vars(self).keys():
+            found[name] = getattr(self, name).replace("CIFAR10", kind.stem)
+        return {name: value for name, value in found.items() if hasattr(self, name)}
+
+    def preset_values(self, model=None):
+        """What the preset says of the settings."""
+        if self.preset == "released":
+            return {}
+        grey = self.paper.get("grey", {}) if data.SETS[self.dataset].settings else {}
+        found = {**self.paper, **grey}
+        return {n: v for n, v in found.items() if n not in ("grey", *models.lacks(model or self.model))}
+
+    @property
+    def preset_words(self):
+        """The preset and what it sets, for the log; none for the released one."""
+        words, values = {True: [], False: []}, self.preset_values()
+        for name, value in values.items():
+            here = getattr(self, name)
+            text = " ".join(map(str, here)) or "none" if type(here) is tuple else str(here)
+            words[here == value].append(f"{name} {text}")
+        line = f"preset {self.preset}: {', '.join(words[True])}"
+        return [line + f"; otherwise: {', '.join(words[False])}" * bool(words[False])] if values else []
 
     @property
     def resumes(self):

@@ -6,13 +6,12 @@ import checkpoints
 import cli
 from utils import CheckpointError
 
-NETWORK = ("depth", "num_classes", "aux_dim", "fc_dim")  # what a checkpoint says of its network
 FREE_ON_RESUME = {  # settings that may differ between a run and its continuation
-    *("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite"),
+    *("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite", "preset"),
     *("epochs", "eval_every", "device", "threads", "compile", "save_every_minutes", "max_minutes"),
 }
 MACHINE = ("precision", "threads")  # what a run was given, whatever was asked for
-SINCE = {"warmup": 0}  # what runs did that began before there was such a setting
+SINCE = {"warmup": 0, "model": "resnet"}  # what runs did that began before there was such a setting
 NOT_REPORTED = ("resume", "overwrite", "max_minutes")  # of these: they differ at every resume
 
 
@@ -20,7 +19,7 @@ def identity_of(config, dataset, model, precision):
     """What a checkpoint says of the run that saved it, in plain Python."""
     return {
         "script": cli.script_name(config),
-        "network": {name: getattr(model, name) for name in NETWORK},
+        "network": {"model": model.name, **model.arguments},
         "classes": list(dataset.classes),
         "data": dataset.describe(),
         "config": cli.config_dict(config),

@@ -5,7 +5,7 @@ import torch
 import data
 import distributed
 import utils
-from resnet_model import folded
+from models import folded
 
 from .compiling import choose
 from .run import Run
@@ -40,7 +40,7 @@ def fit(config, dataset, model, criterion, optimizer, scheduler, adversary=None)
 
 def train_epoch(run, forward, attack, stop):
     """Train from the batch that the run is at to the end of the epoch."""
-    config, progress = run.config, run.progress
+    config, progress, kind = run.config, run.progress, run.dataset.kind
     order = utils.generator(config.seed, "order", progress.epoch)
     batches = data.epoch_batches(run.dataset.train, config.batch_size, order, start_batch=progress.batch)
     run.begin_epoch()
@@ -51,7 +51,8 @@ def train_epoch(run, forward, attack, stop):
         # First, since in a CUDA graph gradients lie in memory that the next pass takes.
         run.optimizer.zero_grad(set_to_none=True)
         count = len(labels)
-        images = data.augment(images, utils.generator(config.seed, "augment", progress.epoch, index))
+        drawn = utils.generator(config.seed, "augment", progress.epoch, index)
+        images = data.augment(images, drawn, kind.padding, kind.flip)
         images, labels = distributed.part(images), distributed.part(labels)
         images = data.to_float(images).contiguous(memory_format=torch.channels_last)
         if attack is not None:

@@ -91,9 +91,10 @@ class Run:
         ranks = f" in {distributed.world} ranks" if distributed.world > 1 else ""
         dataset, parameters = self.dataset, sum(p.numel() for p in self.model.parameters())
         return (
-            f"{self.identity['script']}: depth {self.model.depth}, {parameters:,} parameters, "
+            f"{self.identity['script']}: {self.model.label}, {parameters:,} parameters, "
             f"{self.identity['precision']} on {self.device}{ranks}; {len(dataset.train):,} training and "
             f"{len(dataset.test):,} {dataset.tested} images of {dataset.name}; seed {self.config.seed}",
+            *self.config.preset_words,
             "  ".join(name.rjust(9) for name in self.columns),
         )
 

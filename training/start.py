@@ -16,10 +16,12 @@ def start_from(model, config, dataset):
         return
     path = config.init_from
     read = checkpoints.read_network(path)
-    for name, value in read.arguments.items():
-        if value != getattr(model, name) and not (name == "aux_dim" and value == 0):
+    ours = {"model": model.name, **model.arguments}
+    checkpoints.check_images(read.arguments, path, dataset)
+    for name, value in {"model": read.model, **read.arguments}.items():
+        if value != ours.get(name) and not (name == "aux_dim" and value == 0):
             raise utils.CheckpointError(
-                f"{path}: a network with {name} {value}, not {getattr(model, name)}; give the settings it "
+                f"{path}: a network with {name} {value}, not {ours.get(name)}; give the settings it "
                 "was trained with or another --init-from"
             )
     checkpoints.check_classes(read.state, path, dataset.classes)

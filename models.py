@@ -1,0 +1,57 @@
+"""The networks by their names on the command line, and what they have in common.
+
+Each is a module of its own with `make`, its constructor; `network_of`, the arguments that weights tell;
+`UNTOLD`, those that they do not; `SETTINGS`, what the scripts do otherwise with it; `folded`, a frozen copy.
+A network maps images in [0, 1] to `Outputs`; it has `name`, `label`, `num_classes`, `feat_dims`,
+`arguments` and `logits`.
+"""
+
+import inspect
+
+import cnn6_model
+import resnet_model
+
+NETWORKS = {"resnet": resnet_model, "cnn6": cnn6_model}
+
+
+def for_data(config, dataset):
+    """The network that `config` asks for, with fresh weights, for the images and classes of `dataset`."""
+    kind = dataset.kind
+    known = {
+        "num_classes": len(dataset.classes),
+        "side": dataset.shape[-1],
+        "mean": kind.mean,
+        "std": kind.std,
+    }
+    known |= vars(config)
+    make = NETWORKS[config.model].make
+    return make(**{name: known[name] for name in inspect.signature(make).parameters if name in known})
+
+
+def lacks(model):
+    """The options of the training scripts that mean nothing to the network of that name."""
+    return {"depth", "aux_dim"} - inspect.signature(NETWORKS[model].make).parameters.keys()
+
+
+def build(model, arguments):
+    """The network of that name with fresh weights."""
+    return NETWORKS[model].make(**arguments)
+
+
+def network_of(state_dict, said):
+    """The name and the arguments of the network that weights fit; `said`: what their checkpoint says of it.
+
+    Where it says nothing the weights are of a ResNet for CIFAR-10. Raises ValueError when no network fits.
+    """
+    name = said.get("model", "resnet")
+    if name not in list(NETWORKS):
+        raise ValueError(f"a network called {name!r:.40}, which is unknown here")
+    module = NETWORKS[name]
+    untold = {key: said.get(key, value) for key, value in module.UNTOLD.items()}
+    found = module.network_of(state_dict, **untold)
+    return name, {**found, **{k: list(v) if isinstance(v, tuple) else v for k, v in untold.items()}}
+
+
+def folded(model, dtype=None):
+    """A frozen copy of `model` for attacks and evaluation, in eval mode; `refresh()` after a change of it."""
+    return NETWORKS[model.name].folded(model, dtype)
