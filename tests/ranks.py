@@ -1,6 +1,8 @@
 """Several ranks of a script: forked here, where torch is imported already, or begun by torchrun."""
 
+import faulthandler
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -21,12 +23,11 @@ def run_ranks(count, module, *options, prepare=None, float64=False, local=None, 
     prepare: called with the rank before the script, may change what it sees, and returns options of its own.
     """
     folder, pids = tempfile.mkdtemp(), []
-    # As torchrun does, whose store outlives the ranks.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    keeper, port = _store()
     for rank in range(count):
         if (pid := os.fork()) == 0:
             try:
-                _become(rank, count, store.port, folder, local or count)
+                _become(rank, count, port, folder, local or count)
                 if launcher is not None:
                     errors = launcher / "attempt" / str(rank) / "error.json"
                     errors.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +41,26 @@ def run_ranks(count, module, *options, prepare=None, float64=False, local=None, 
                 os._exit(99)
         pids.append(pid)
     statuses = _ends(pids)
+    os.kill(keeper, signal.SIGKILL)
+    os.waitpid(keeper, 0)
     texts = [[Path(folder, f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(count)]
     return [(status, *said) for status, said in zip(statuses, texts, strict=True)]
+
+
+def _store():
+    """Begin a process that keeps what ranks tell each other, as torchrun does; return its ID and its port.
+
+    In this process its threads could hold a lock while a rank is forked, which then waits for ever.
+    """
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(write, str(store.port).encode())
+        signal.pause()
+    port = int(os.read(read, 5))
+    os.close(read)
+    os.close(write)
+    return pid, port
 
 
 def _become(rank, count, port, folder, local):
@@ -53,6 +72,7 @@ def _become(rank, count, port, folder, local):
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(Path(folder, f"{rank}.{name}"), os.O_CREAT | os.O_WRONLY), stream)
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+    faulthandler.dump_traceback_later(LONGEST / 2, file=2)  # where one that hangs is
 
 
 def _script(module, options, float64):
