@@ -297,18 +297,6 @@ def check_classes(state, path, classes):
         )
 
 
-def check_images(arguments, path, dataset):
-    """Raise CheckpointError when a network of these arguments takes other images than those of `dataset`."""
-    kinds = {1: "grey", 3: "colour"}
-    takes, (found, _, side) = len(arguments["mean"]), dataset.shape
-    if (takes, arguments.get("side", side)) != (found, side):
-        size = f" of {arguments['side']} pixels" if "side" in arguments else ""
-        raise CheckpointError(
-            f"{path}: a network for {kinds.get(takes, takes)} images{size}, but those of {dataset.name} are "
-            f"{kinds.get(found, found)}, of {side} pixels; give the --dataset it was trained on"
-        )
-
-
 def check_holdout(state, path, dataset):
     """Raise CheckpointError when a checkpoint says it was trained on the images that `dataset` holds out."""
     before = state.get("config", {}).get("holdout", 0)

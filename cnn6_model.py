@@ -16,7 +16,7 @@ UNTOLD = {"mean": MEAN, "std": STD, "side": 28}  # arguments that no weight tell
 LARGEST = 1024  # pixels of an image's sides
 WIDTHS = (32, 64, 128)  # of the three pairs of convolutions
 # What the scripts do otherwise with this network, unless an option or the preset says it. Without batch
-# norm stage 1 diverges within 20 batches at a rate of 0.1, and at 0.01 at times. Its features are long: the
+# norm stage 1 diverges within 50 batches at a rate of 0.1, and at 0.01 at times. Its features are long: the
 # released pull diverges in the second batch of stage 2, and one of 0.01 takes all accuracy at first.
 SETTINGS = {"fc_dim": 64, "lr": 0.003, "weight_prox": 0.001}
 

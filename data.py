@@ -276,7 +276,12 @@ DATASETS = tuple(SETS)  # the names that `load` takes
 
 
 def to_float(images):
-    """Return uint8 images as float32 in [0, 1]: value / 255, correctly rounded on every device."""
+    """Return uint8 images as float32 in [0, 1]: value / 255, correctly rounded on every device.
+
+    Images that are float already are returned as they are.
+    """
+    if images.is_floating_point():
+        return images
     # CUDA replaces division by a number with multiplication by its rounded inverse: the last bit may differ.
     return images / torch.full((), 255.0, device=images.device)
 

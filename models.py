@@ -10,6 +10,7 @@ import inspect
 
 import cnn6_model
 import resnet_model
+from utils import CheckpointError
 
 NETWORKS = {"resnet": resnet_model, "cnn6": cnn6_model}
 
@@ -36,6 +37,18 @@ def lacks(model):
 def build(model, arguments):
     """The network of that name with fresh weights."""
     return NETWORKS[model].make(**arguments)
+
+
+def check_images(arguments, path, dataset):
+    """Raise CheckpointError when a network of these arguments takes other images than those of `dataset`."""
+    kinds = {1: "grey", 3: "colour"}
+    takes, (found, _, side) = len(arguments["mean"]), dataset.shape
+    if (takes, arguments.get("side", side)) != (found, side):
+        size = f" of {arguments['side']} pixels" if "side" in arguments else ""
+        raise CheckpointError(
+            f"{path}: a network for {kinds.get(takes, takes)} images{size}, but those of {dataset.name} are "
+            f"{kinds.get(found, found)}, of {side} pixels; give the --dataset it was trained on"
+        )
 
 
 def network_of(state_dict, said):

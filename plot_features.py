@@ -29,6 +29,7 @@ import checkpoints
 import cli
 import data
 import evaluation
+import models
 import robustness
 import utils
 from cli import Count, Epsilon, NotNegative, Seed, StepSize
@@ -355,7 +356,7 @@ def main(config: Config) -> None:
     trials.check_classes([config.attack], len(dataset.classes))
     targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
     for target in targets:
-        checkpoints.check_images(target.arguments, target.path, dataset)
+        models.check_images(target.arguments, target.path, dataset)
     columns = [make_column(config, target, dataset) for target in targets]
     entries = [
         {

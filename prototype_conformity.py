@@ -12,6 +12,11 @@ from proximity import Proximity
 MEANS_BATCH = 1000  # images at a time when class means are taken
 
 
+def output(outputs, name):
+    """The output of a network that is called `name`: an entry of a dict, or a field."""
+    return outputs[name] if isinstance(outputs, dict) else getattr(outputs, name)
+
+
 class PrototypeConformityLoss(nn.Module):
     """Cross-entropy + the sum over layers of weight_prox * pull - weight_conprox * push (Eq. 5 and 9).
 
@@ -21,7 +26,8 @@ class PrototypeConformityLoss(nn.Module):
     squared, shared, separation: squared distances, the same prototypes for pull and push, and prototypes that
         repel each other. The defaults are as released; `squared=False, shared=True, separation=True` is Eq. 5
         as printed.
-    Any network will do whose outputs have the named features, N x width, and `logits`, N x num_classes.
+    Any network will do whose outputs, in a dict or in fields, have the named features, N x width, and
+    `logits`, N x num_classes.
     """
 
     def __init__(
@@ -45,27 +51,28 @@ class PrototypeConformityLoss(nn.Module):
 
     def forward(self, outputs, labels):
         """Return (loss, its terms before weighting, detached), means over the N images of a batch."""
-        logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+        logits = output(outputs, "logits")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, labels)
         parts = {"cross_entropy": loss.detach()}
         if self.proximity:
-            pull = sum(term(getattr(outputs, layer), labels) for layer, term in self.proximity.items())
+            pull = sum(term(output(outputs, layer), labels) for layer, term in self.proximity.items())
             loss = loss + self.weights[0] * pull
             parts["proximity"] = pull.detach()
         if self.contrastive:
-            push = sum(term(getattr(outputs, layer), labels) for layer, term in self.contrastive.items())
+            push = sum(term(output(outputs, layer), labels) for layer, term in self.contrastive.items())
             loss = loss - self.weights[1] * push
             parts["contrastive"] = push.detach()
         return loss, parts
 
     def per_image(self, outputs, labels):
         """The joint loss of each image, (N,), without the term between prototypes: no image changes that."""
-        loss = F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+        loss = F.cross_entropy(output(outputs, "logits").float(), labels, reduction="none")
         for layer, term in self.proximity.items():
-            distances = term.distances(getattr(outputs, layer).float())
+            distances = term.distances(output(outputs, layer).float())
             loss = loss + self.weight_prox * distances.gather(1, labels[:, None])[:, 0]
         for layer, term in self.contrastive.items():
-            distances = term.distances(getattr(outputs, layer).float())
+            distances = term.distances(output(outputs, layer).float())
             others = distances.scatter(1, labels[:, None], 0.0).sum(1) / (len(term.centers) - 1)
             loss = loss - self.weight_conprox * others
         return loss
@@ -76,7 +83,25 @@ class PrototypeConformityLoss(nn.Module):
         Their argmax is the class of the nearest prototype. Needs a pull.
         """
         layer, term = list(self.proximity.items())[-1]
-        return -term.distances(getattr(outputs, layer).float())
+        return -term.distances(output(outputs, layer).float())
+
+    def approach(self, outputs, labels):
+        """How far the features are beyond the border to each other class's prototype, N x num_classes.
+
+        Half-way between two prototypes is the border. The distance from it, below 0 on the own side, is
+        (||f - w_own||^2 - ||f - w_j||^2) / (2 ||w_own - w_j||); it is given in halves of the mean distance
+        between prototypes, summed over the pulled layers, and -inf for the own class. Needs a pull.
+        """
+        total = 0.0
+        for layer, term in self.proximity.items():
+            features = output(outputs, layer)
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            squares = utils.distances(features, term.centers, True)
+            gaps = utils.distances(term.centers, term.centers, False).to(squares.dtype)
+            mean = gaps.sum() / (len(gaps) * (len(gaps) - 1))
+            beyond = squares.gather(1, labels[:, None]) - squares
+            total = total + beyond / (gaps[labels] * mean).clamp(min=1e-12)
+        return total.scatter(1, labels[:, None], -torch.inf)
 
     def param_groups(self, lr_prox, lr_conprox):
         """Return the prototypes' optimiser groups: plain SGD on the unweighted terms.
@@ -104,7 +129,7 @@ class PrototypeConformityLoss(nn.Module):
             for _, images, labels in data.epoch_batches(split, MEANS_BATCH):
                 outputs = model(data.to_float(images))
                 for layer, total in sums.items():
-                    total.index_add_(0, labels, getattr(outputs, layer).float())
+                    total.index_add_(0, labels, output(outputs, layer).float())
         counts = torch.bincount(split.labels, minlength=len(terms[0][1].centers))[:, None]
         for layer, term in terms:
             term.centers.copy_(torch.where(counts > 0, sums[layer] / counts, term.centers))

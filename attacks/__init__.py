@@ -20,5 +20,17 @@ line, not here.
 
 # ruff: noqa: F401  # the imported names are the package's own
 
-from .gradient import ZeroGradients, bim, cross_entropy, dlr, fgsm, margin, mim, misclassified, pgd, scores
+from .gradient import (
+    ZeroGradients,
+    bim,
+    cross_entropy,
+    dlr,
+    fgsm,
+    margin,
+    mim,
+    misclassified,
+    nearest_prototype,
+    pgd,
+    scores,
+)
 from .strong import apgd, cw, noise, square

@@ -95,6 +95,31 @@ def pgd(
     return reduce(worse, (evaluate(model_fn, result, labels, loss) for result in results)).images
 
 
+def nearest_prototype(
+    model_fn, images, labels, epsilon, *, loss, num_targets=3, generator=None, **options
+):  # fmt: skip
+    """PGD to the prototypes of other classes, from the nearest on: each image's worst of `num_targets` tries.
+
+    loss: maps outputs and labels to N x num_classes, how far the features have come to each class; each try
+    raises one column of it. Misclassified is worse than correct, then counts the logit margin. options: those
+    of `pgd`; all tries have the same random starts.
+    """
+    check_input(images, labels)
+    if epsilon == 0:
+        return images.detach().clone()
+    with torch.no_grad():
+        come = loss(model_fn(images), labels)
+        targets = come.topk(min(num_targets, come.shape[1] - 1)).indices  # one's own class comes last
+    state, found = generator and generator.get_state(), []
+    for target in targets.T[:, :, None]:
+        if state is not None:
+            generator.set_state(state)
+        towards = lambda outputs, labels, to=target: loss(outputs, labels).gather(1, to)[:, 0]  # noqa: E731
+        tried = pgd(model_fn, images, labels, epsilon, loss=towards, generator=generator, **options)
+        found.append(evaluate(model_fn, tried, labels, margin))
+    return reduce(worse, found).images
+
+
 def _ascend(differentiate, start, ball, step_size, num_steps, decay):
     """`num_steps` steps along the sign of the gradient or, with a `decay`, of MIM's g."""
     points, momentum = start.detach().clone(), 0

@@ -18,7 +18,14 @@ import data
 
 from . import readouts
 from .exact import exact_float32, memory_format
-from .outcome import QUANTILES, SATURATED_MARGIN, VANISHED_MARGIN, margin_quantiles, percent
+from .outcome import (
+    QUANTILES,
+    SATURATED_MARGIN,
+    VANISHED_MARGIN,
+    are_probabilities,
+    margin_quantiles,
+    percent,
+)
 from .trials import ATTACKS, CLEAN, PGD_STEP, clean, in_255ths, make
 
 FAR, EVERYWHERE = 64 / 255, 1.0  # radii at which hardly anything, and nothing, withstands
@@ -161,10 +168,9 @@ def deterministic(first, second):
 
 
 def are_logits(scores):
-    """Scores between 0 and 1 whose sum is 1 are probabilities."""
+    """Scores are no probabilities."""
     low, high = scores.min().item(), scores.max().item()
-    fail = low >= 0 and high <= 1 and (scores.sum(1) - 1).abs().max().item() < 1e-3
-    return _finding("logits", f"scores from {low:.3g} to {high:.3g}", False, fail)
+    return _finding("logits", f"scores from {low:.3g} to {high:.3g}", False, are_probabilities(scores))
 
 
 def margins(outcomes):

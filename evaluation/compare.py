@@ -27,15 +27,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoints
 import cli
 import utils
+from evaluation.seeds import NOT_COMPARED
 
 Z = 1.959964  # of a 95 % interval
 Z_POWER = 0.841621  # a difference that is found in 80 of 100 cases
 FEWEST = 6  # images that must differ, all in one direction, for an exact p-value below 0.05
 LEAST_P = 1e-4  # what lies below is not told apart
-SAYS_NOTHING = (*checkpoints.NOT_EXPORTED_SETTINGS, "max_minutes")  # of what a network was made by
 
 
 class Difference(NamedTuple):
@@ -106,8 +105,8 @@ def read(path):
 
 def _row(entry, predict):
     origin = entry["origin"]
-    config = {k: value for k, value in origin.get("config", {}).items() if k not in SAYS_NOTHING}
-    seed = config.pop("seed", None)
+    config = {k: value for k, value in origin.get("config", {}).items() if k not in NOT_COMPARED}
+    seed = origin.get("config", {}).get("seed")
     made = [predict, entry["label"], entry["depth"], *map(origin.get, ("script", "epoch", "data")), config]
     attacks = {
         # The log of AutoAttack has another name in each evaluation.

@@ -7,7 +7,7 @@ import utils
 
 from .trials import beside
 
-FORMAT = 6  # of the file that a stopped evaluation leaves
+FORMAT = 7  # of the file that a stopped evaluation leaves
 # Settings that may differ between an evaluation and its continuation.
 FREE_ON_RESUME = {
     *("data_dir", "checkpoints", "source_checkpoint", "results", "resume", "overwrite", "device"),
@@ -24,11 +24,10 @@ def images_folder(config, path, sha256, key):
     return Path(config.save_images) / f"{Path(path).name.split('.')[0]}-{sha256[:8]}" / key
 
 
-def outputs(config, paths):
-    """All files that an evaluation of the checkpoints at `paths` writes for good."""
-    hashes = {path: utils.sha256(path) for path in paths}
+def outputs(config, hashes):
+    """All files that an evaluation writes for good; `hashes`: the networks' SHA-256 by path."""
     suffixes = [".json", ".csv"]
-    suffixes += [".curves.csv", ".curves.png"] if config.epsilons or config.step_counts else []
+    suffixes += [".curves.csv", ".curves.png", ".curves.pdf"] if config.epsilons or config.step_counts else []
     suffixes += [".autoattack.log"] if "autoattack" in config.attacks else []
     suffixes += [f".{sha256[:8]}.card.json" for sha256 in hashes.values() if config.model_card]
     found = [beside(config, suffix) for suffix in suffixes]
@@ -37,7 +36,7 @@ def outputs(config, paths):
     return list(dict.fromkeys(found))
 
 
-def claim(config, paths):
+def claim(config, hashes):
     """Prove, before any work, that all outputs can be written, and that none is a file of anybody else's.
 
     Raises FileSystemError for one that is there, unless it is of an evaluation that goes on (--resume) or is
@@ -49,7 +48,7 @@ def claim(config, paths):
         raise utils.FileSystemError(
             f"{partial(config)}: a stopped evaluation; --resume goes on with it, --overwrite starts anew"
         )
-    utils.claim(outputs(config, paths), lambda path: own, "--overwrite replaces it, --results names another")
+    utils.claim(outputs(config, hashes), lambda path: own, "--overwrite replaces it, --results names another")
     if "autoattack" in config.attacks and not config.resume:
         beside(config, ".autoattack.log").unlink(missing_ok=True)  # it is appended to
 
@@ -59,7 +58,10 @@ def identity(settings, checkpoints, source, described):
     free = set(FREE_ON_RESUME)
     if "autoattack" not in settings["attacks"]:  # the one attack whose seed goes by block
         free.add("batch_size")
-    kept = {name: value for name, value in settings.items() if name not in free}
+    # An option that is off says nothing: results of before there was one go on.
+    kept = {
+        name: value for name, value in settings.items() if name not in free and value not in (None, False)
+    }
     kept |= {"checkpoints": checkpoints, "source_checkpoint": source, "data": described}
     return {"format": FORMAT, **kept}
 

@@ -16,6 +16,51 @@ from .outcome import Outcome
 SAVE_EVERY = 60.0  # seconds between saves of what is done
 
 
+class Watch(attacks.ZeroGradients):
+    """A trace that also keeps, of each image, the first point at which the attacked network was wrong.
+
+    fooled: which images have one, (N,) bool. points: these points. Both None before the first forward pass.
+    """
+
+    fooled = points = None
+
+    def watching(self, network, labels):
+        """`network`, watched at each batch that it is asked about."""
+
+        def model_fn(images):
+            outputs = network(images)
+            wrong = attacks.misclassified(outputs, labels)
+            if self.fooled is None:
+                self.fooled, self.points = torch.zeros_like(wrong), images.detach()
+            new = (wrong & ~self.fooled)[:, None, None, None]
+            self.points = torch.where(new, images.detach(), self.points)
+            self.fooled = self.fooled | wrong
+            return outputs
+
+        return model_fn
+
+    def lost(self, target, labels, right):
+        """Which images, (N,) bool, are `right` in the end, and wrong on the way by the target's own model."""
+        if self.fooled is None:
+            return torch.zeros_like(right)
+        lost = self.fooled & right
+        if lost.any():
+            lost[lost.clone()] = attacks.misclassified(target.logits(self.points[lost]), labels[lost])
+        return lost
+
+
+def eight_bit(attacked, images, epsilon):
+    """`attacked` as a PNG holds it: each pixel the nearest multiple of 1/255 within `epsilon` of `images`.
+
+    Where there is none within epsilon, it is the nearest one of all.
+    """
+    levels, exact = (255 * attacked.double()).round(), images.double()
+    slack = 1e-4  # of a level: float32 has no multiples of 1/255
+    lowest, highest = (255 * (exact - epsilon) - slack).ceil(), (255 * (exact + epsilon) + slack).floor()
+    levels = torch.where(lowest <= highest, levels.clamp(lowest, highest), levels)
+    return data.to_float(levels.clamp(0, 255).to(torch.uint8)).to(images.dtype)
+
+
 def generator_at(seed, start):
     """The generator for the images from number `start` on: what one gets does not depend on the blocks."""
     generator = utils.generator(seed, "evaluation")
@@ -26,7 +71,7 @@ def generator_at(seed, start):
 def attack_block(target, trial, split, start, batch_size, seed):
     """Attack the `batch_size` images of `split` from number `start` on.
 
-    Returns (images, adversarial images, labels, the ZeroGradients of the attack); images are float in [0, 1],
+    Returns (images, adversarial images, labels, the Watch on the attack); images are float in [0, 1],
     N x C x H x W. What an image becomes does not depend on the block that it is in. Raises ValueError when a
     result holds NaN, or leaves [0, 1] or the ball.
     """
@@ -34,7 +79,7 @@ def attack_block(target, trial, split, start, batch_size, seed):
     labels = split.labels[block]
     images = data.to_float(split.images[block])
     images = images.contiguous(memory_format=memory_format(images.device))
-    zeros, attacked = attacks.ZeroGradients(), images
+    zeros, attacked = Watch(), images
     if trial.attack is not None:
         with exact_float32():
             attacked = trial.attack(target, images, labels, generator_at(seed, start), zeros)
@@ -65,12 +110,12 @@ def check_scores(logits, labels, path):
         )
 
 
-def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
+def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None, round_too=False):
     """Try `trial` on `split` block by block from where `outcome` stands; yield after each, it extended.
 
-    Several ranks take a block each at a time.
-    With `keep_in`, a folder, each block's images are kept there. Raises ValueError as `attack_block` does,
-    and CheckpointError as `check_scores` does.
+    Several ranks take a block each at a time. With `keep_in`, a folder, each block's images are kept there.
+    With `round_too`, or where they are kept, they are judged once more as a PNG holds them. Raises ValueError
+    as `attack_block` does, and CheckpointError as `check_scores` does.
     """
     split = trial.of(split)
     if keep_in is not None and not len(outcome):
@@ -78,33 +123,58 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None):
             old.unlink(missing_ok=True)
         distributed.agree(0)
     for first in range(len(outcome), len(split), distributed.world * batch_size):
-        start, block = first + distributed.rank * batch_size, Outcome()
+        start, found = first + distributed.rank * batch_size, Outcome()
         if start < len(split):
             began = time.monotonic()
             images, attacked, labels, zeros = attack_block(target, trial, split, start, batch_size, seed)
             with exact_float32(), torch.no_grad():
                 logits = target.logits(attacked)
-            if trial.attack is None:
-                check_scores(logits, labels, target.path)
-            block.extend(images, attacked, labels, logits, zeros)
-            if keep_in is not None:
-                kept = {"index": start, "labels": labels, "predicted": logits.argmax(1)}
-                _keep_block(keep_in, {**kept, "images": images, "adversarial": attacked})
-            block.seconds = time.monotonic() - began
-        for found in distributed.gather(block):
-            outcome.add(found)
+                if trial.attack is None:
+                    check_scores(logits, labels, target.path)
+                    found.see_clean(logits, target.logits(images))
+                more = {"lost": zeros.lost(target, labels, ~attacks.misclassified(logits, labels))}
+                if round_too:
+                    rounded = target.logits(eight_bit(attacked, images, trial.radius))
+                    more["right_8bit"] = ~attacks.misclassified(rounded, labels)
+                if keep_in is not None:
+                    block = {"images": images, "adversarial": attacked, "labels": labels}
+                    block["predicted"] = logits.argmax(1)
+                    _keep_block(keep_in, start, target, trial.radius, block)
+            found.extend(images, attacked, labels, logits, zeros, **more)
+            found.seconds = time.monotonic() - began
+        for block in distributed.gather(found):
+            outcome.add(block)
         yield outcome
 
 
-def _keep_block(folder, block):
-    """Write a block's images, float32 in [0, 1], to FOLDER/NNNNN.pt, N being the first image's index."""
-    path = Path(folder) / f"{block['index']:05d}.pt"
+def _keep_block(folder, index, target, radius, block):
+    """Write a block's images, float32 in [0, 1], and what the target says of them to FOLDER/INDEX.pt.
+
+    INDEX, of five digits, is the number of the first image. `predicted_8bit` is of the adversarial images as
+    a PNG holds them.
+    """
+    path = Path(folder) / f"{index:05d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, value in block.items():
-        if name != "index":
-            block[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+    rounded = eight_bit(block["adversarial"], block["images"], radius)
+    for name, images in (("predicted_clean", block["images"]), ("predicted_8bit", rounded)):
+        block[name] = target.logits(images).argmax(1)
+    kept = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in block.items()}
     with utils.replacing(path) as temporary:
-        torch.save(block, temporary)
+        torch.save({"index": index, **kept}, temporary)
+
+
+def measure_each(results):
+    """Fill `results`; yield (target, trial, its outcome) after each block of images."""
+    config, split = results.config, results.dataset.test
+    steps = {"batch_size": config.batch_size, "seed": config.seed, "round_too": config.eight_bit}
+    for target, trial in results.pairs():
+        outcome, images = results.of(target, trial), len(trial.of(split))
+        folder = results.images_folder(target, trial)
+        blocks = measure(target, split, trial, outcome, **steps, keep_in=folder)
+        size = distributed.world * config.batch_size
+        total, start = -(-images // size), len(outcome) // size
+        for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
+            yield target, trial, outcome
 
 
 def measure_all(results):
@@ -112,24 +182,17 @@ def measure_all(results):
 
     Raises Interrupted on SIGINT or SIGTERM, with what is done saved.
     """
-    config, split = results.config, results.dataset.test
-    steps = {"batch_size": config.batch_size, "seed": config.seed}
     with utils.StopSignals() as stop:
-        for target, trial in results.pairs():
-            outcome, images = results.of(target, trial), len(trial.of(split))
-            folder = results.images_folder(target, trial)
-            blocks = measure(target, split, trial, outcome, **steps, keep_in=folder)
-            size = distributed.world * config.batch_size
-            total, start = -(-images // size), len(outcome) // size
-            for _ in utils.progress(blocks, total, f"{target.label}: {trial.title}", start):
-                late = time.monotonic() - results.saved > SAVE_EVERY
-                signum, late = distributed.agree(stop.received or 0, late)
-                if signum or late:
-                    results.save()
-                if signum:
-                    raise utils.Interrupted(
-                        signum,
-                        f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of "
-                        f"{images:,} images; kept in {results.path}, --resume goes on",
-                    )
+        for target, trial, outcome in measure_each(results):
+            images = len(trial.of(results.dataset.test))
+            late = time.monotonic() - results.saved > SAVE_EVERY
+            signum, late = distributed.agree(stop.received or 0, late)
+            if signum or late:
+                results.save()
+            if signum:
+                raise utils.Interrupted(
+                    signum,
+                    f"incomplete: stopped at {target.label}, {trial.title}, {len(outcome):,} of "
+                    f"{images:,} images; kept in {results.path}, --resume goes on",
+                )
     results.save()  # a report that cannot be written must not cost the measurements

@@ -17,6 +17,8 @@ COLUMNS = {  # of an outcome, with a value for each image
     "zero_first": torch.bool,  # the attack's first gradient was exactly zero
     "zero_ever": torch.bool,  # one of them was
     "zero_always": torch.bool,  # all of them were: the attack never learned anything of this image
+    "lost": torch.bool,  # the attack had fooled the network on its way, and not in the end
+    "right_8bit": torch.bool,  # right after rounding to 8 bits; False where that was not asked for
 }
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 # Where float32 ends: past the first margin the cross-entropy's gradient with respect to the true logit is
@@ -38,6 +40,8 @@ class Outcome:
     high: float = 0.0
     seconds: float = 0.0
     gradients: bool = False  # the attack showed its gradients
+    changed: int = 0  # predictions of the clean images that a second pass made otherwise
+    probabilities: bool = False  # the scores of the clean images are probabilities
 
     def __getattr__(self, name):
         if name in COLUMNS:
@@ -58,18 +62,29 @@ class Outcome:
         return self.zero_always & self.correct
 
     def fooled(self, epsilon):
-        """Which images, (N,) bool, are misclassified within `epsilon` of the original."""
-        return ~self.correct & (self.linf <= epsilon)
+        """Which images, (N,) bool, are misclassified within `epsilon` of the original, or were on the way."""
+        return (~self.correct & (self.linf <= epsilon)) | self.lost
 
     def add(self, block):
         """Add the outcome of the next images."""
+        if len(block):
+            self.probabilities = block.probabilities and (self.probabilities or not len(self))
+        self.changed += block.changed
         self.columns = {name: torch.cat([self.columns[name], block.columns[name]]) for name in COLUMNS}
         self.low, self.high = min(self.low, block.low), max(self.high, block.high)
         self.seconds += block.seconds
         self.gradients = self.gradients or block.gradients
 
-    def extend(self, images, attacked, labels, logits, zeros):
-        """Add a block: its images, what an attack made of them, and the network's logits of that."""
+    def see_clean(self, logits, again):
+        """Note what two passes say of a block of clean images, before `extend`."""
+        self.changed = int((logits.argmax(1) != again.argmax(1)).sum())
+        self.probabilities = are_probabilities(logits)
+
+    def extend(self, images, attacked, labels, logits, zeros, **more):
+        """Add a block: its images, what an attack made of them, and the network's logits of that.
+
+        more: the columns `lost` and `right_8bit`, where they are known.
+        """
         change = (attacked.double() - images.double()).flatten(1)
         none = torch.zeros_like(labels, dtype=torch.bool)
         self.gradients = self.gradients or zeros.first is not None
@@ -84,9 +99,15 @@ class Outcome:
             "zero_first": none if zeros.first is None else zeros.first,
             "zero_ever": none if zeros.ever is None else zeros.ever,
             "zero_always": none if zeros.always is None else zeros.always,
+            **{"lost": none, "right_8bit": none, **more},
         }
         for name, dtype in COLUMNS.items():
             self.columns[name] = torch.cat([self.columns[name], values[name].cpu().to(dtype)])
+
+
+def are_probabilities(scores):
+    """Whether scores, N x num_classes, lie between 0 and 1 with a sum of 1."""
+    return bool(scores.min() >= 0 and scores.max() <= 1 and ((scores.sum(1) - 1).abs() < 1e-3).all())
 
 
 def percent(mask):
@@ -100,7 +121,7 @@ def wilson(correct, images, z=1.959964):
     middle = (share + unit / 2) / (1 + unit)
     half = z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
     # The ends themselves where rounding would miss them.
-    return 100 * (middle - half) * (correct > 0), 100 * (middle + half) if correct < images else 100.0
+    return 100 * (middle - half) if correct else 0.0, 100 * (middle + half) if correct < images else 100.0
 
 
 def counts(mask):

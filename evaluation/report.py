@@ -6,7 +6,7 @@ import cli
 import data
 import utils
 
-from . import checks, pictures, seeds
+from . import checks, pictures, seeds, signs
 from .outcome import counts, margin_quantiles, per_class, percent
 from .trials import CLEAN, beside, in_255ths
 
@@ -39,10 +39,13 @@ def publish(results):
     curves = list(curve_rows(results))
     if curves and not pictures.curves(curves, beside(results.config, ".curves.png")):
         utils.say("no picture of the curves: pip install matplotlib")
+    labels = {target.sha256: label for label, target in results.labeled()}
     for target, trial in results.pairs():
         folder = results.images_folder(target, trial)
         if folder is not None and folder.is_dir():
-            pictures.sheet(folder)
+            pictures.sheet(
+                folder, results.dataset.classes, f"{trial.title} on {labels[target.sha256]}", trial.radius
+            )
 
 
 # ---------------------------------------------------------------- on the screen
@@ -54,12 +57,14 @@ def table(results):
     The columns count as the paper does, each by itself; Worst is right without attack and under every one.
     """
     attacked = len(results.trials) > 1
-    rows = [["Training", *(trial.title for trial in results.trials), *(["Worst"] if attacked else [])]]
+    worst = [False, *([True] if results.config.eight_bit else [])] if attacked else []  # rounded or not
+    last = ["Worst, 8 bits" if rounded else "Worst" for rounded in worst]
+    rows = [["Training", *(trial.title for trial in results.trials), *last]]
     for label, targets in seeds.rows(results):
         found = [{trial.key: outcome.accuracy for trial, outcome in results.row(t)} for t in targets]
         shown = {key: seeds.spread([accuracies[key] for accuracies in found]) for key in found[0]}
-        worst = [seeds.spread([percent(results.robust(t)) for t in targets])] if attacked else []
-        rows.append([label, *(shown.get(trial.key, "-") for trial in results.trials), *worst])
+        last = [seeds.spread([percent(results.robust(t, rounded)) for t in targets]) for rounded in worst]
+        rows.append([label, *(shown.get(trial.key, "-") for trial in results.trials), *last])
     return utils.markdown_table(rows)
 
 
@@ -80,7 +85,7 @@ def footnotes(results):
         yield seeds.NOTE
     for label, target in results.labeled():
         depth = f", depth {target.depth}" if target.depth else ""
-        yield f"{label}: {target.path}{depth}, sha256 {target.sha256[:12]}."
+        yield f"{label}: {target.path or 'held by the caller'}{depth}, sha256 {target.sha256[:12]}."
         _, *attacked = results.row(target)
         if attacked:
             worst = counts(results.robust(target))
@@ -89,7 +94,7 @@ def footnotes(results):
                 f"  Worst {worst['accuracy']:.2f} (95 % interval {worst['low']:.2f} to {worst['high']:.2f}); "
                 f"largest change {in_255ths(largest)}"
             )
-        for line in checks.under_table(results, target):
+        for line in (*checks.under_table(results, target), *signs.under_table(results, target)):
             yield f"  {line}"
 
 
@@ -98,21 +103,28 @@ def footnotes(results):
 
 def write(results, findings):
     """Write the JSON file at `config.results`; table, curves and model cards lie beside it."""
-    config, more = results.config, {}
+    config = results.config
     write_rows(beside(config, ".csv"), list(table_rows(results)))
     if rows := list(curve_rows(results)):
         write_rows(beside(config, ".curves.csv"), rows)
-        more["curves"] = rows
-    if findings:
-        more["sanity"] = {sha256: [f._asdict() for f in found] for sha256, found in findings.items()}
     for target in results.targets if config.model_card else ():
         card = json.dumps(model_card(results, target), indent=2) + "\n"
         utils.write_text(beside(config, f".{target.sha256[:8]}.card.json"), card)
+    utils.write_text(config.results, as_json(results, findings))
+
+
+def as_json(results, findings):
+    """All numbers of an evaluation, and what it needs to be repeated, as JSON text."""
+    more = {}
+    if rows := list(curve_rows(results)):
+        more["curves"] = rows
+    if findings:
+        more["sanity"] = {sha256: [f._asdict() for f in found] for sha256, found in findings.items()}
     if grouped := seeds.summary(results):
         more["seeds"] = grouped
     more["source_sha256"] = results.source and results.source.sha256
     entries = [_entry(results, target) for target in results.targets]
-    utils.write_text(config.results, to_json(config, results.dataset, entries, **more))
+    return to_json(results.config, results.dataset, entries, **more)
 
 
 def write_rows(path, rows):
@@ -139,12 +151,14 @@ def about(target):
 
 def _entry(results, target):
     labels, classes = results.dataset.test.labels.cpu(), results.dataset.classes
-    row, held = results.row(target), results.robust(target)
+    row, held, rounded = results.row(target), results.robust(target), results.config.eight_bit
     return {
         **about(target),
-        "attacks": {trial.key: _summary(trial, outcome, labels, classes) for trial, outcome in row},
+        "attacks": {trial.key: _summary(trial, outcome, labels, classes, rounded) for trial, outcome in row},
         "worst": {**counts(held), "per_class": per_class(held, labels, classes), "robust": _bits(held)},
+        **({"worst_8bit": counts(results.robust(target, True))} if rounded else {}),
         "margins": margin_quantiles(row[0][1]),
+        "predictions_changed": row[0][1].changed,
     }
 
 
@@ -153,7 +167,7 @@ def _bits(mask):
     return "".join("01"[value] for value in mask.tolist())
 
 
-def _summary(trial, outcome, labels, classes):
+def _summary(trial, outcome, labels, classes, rounded):
     zeros = {"": outcome.zero_first, "_ever": outcome.zero_ever, "_always": outcome.zero_always}
     return {
         **counts(outcome.correct),
@@ -163,6 +177,8 @@ def _summary(trial, outcome, labels, classes):
         "per_class": per_class(outcome.correct, labels, classes),
         **{f"zero_gradient{n}": int(zero.sum()) if outcome.gradients else None for n, zero in zeros.items()},
         "frozen": int(outcome.frozen.sum()),
+        "lost": int(outcome.lost.sum()),
+        **({"rounded_8bit": counts(outcome.right_8bit)} if rounded else {}),
         "max_delta": outcome.linf.max().item(),
         "median_l2": outcome.l2.median().item(),
         "range": [outcome.low, outcome.high],
@@ -176,7 +192,10 @@ def table_rows(results):
     labels, classes = results.dataset.test.labels.cpu(), results.dataset.classes
     for name, target in results.labeled():
         masks = {trial.key: outcome.correct for trial, outcome in results.row(target)}
-        for key, mask in {**masks, "worst": results.robust(target)}.items():
+        masks["worst"] = results.robust(target)
+        if results.config.eight_bit:
+            masks["worst-8-bit"] = results.robust(target, rounded=True)
+        for key, mask in masks.items():
             start = {"training": name, "sha256": target.sha256, "attack": key}
             by_class = per_class(mask, labels, classes)
             yield {**start, **counts(mask), **{f"class:{c}": percent for c, percent in by_class.items()}}
@@ -202,12 +221,13 @@ def model_card(results, target):
     left = {trial.key: outcome.accuracy for trial, outcome in row if trial.bounded}
     lowest, autoattack = min(left.values()), left.get("autoattack")
     images = f"{len(dataset.test):,} {dataset.tested} images"
+    other = "CNN-6" if target.arguments else target.label
     return {
         **(PAPER if target.has_pull else dict.fromkeys(PAPER) | {"name": target.label}),
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": dataset.name,
-        "architecture": f"ResNet-{target.depth}" if target.depth else "CNN-6",
+        "architecture": f"ResNet-{target.depth}" if target.depth else other,
         "eps": in_255ths(results.config.epsilon),
         "clean_acc": f"{left[CLEAN]:.2f}",
         "reported": f"{lowest:.2f}",

@@ -53,10 +53,16 @@ class Results:
         """The (trial, outcome) pairs of a target's row in the table; the first one is without attack."""
         return [(trial, self.of(target, trial)) for trial in self.trials if trial.applies_to(target)]
 
-    def robust(self, target):
-        """Which images, (N,) bool, are right as they are and under every trial within its epsilon."""
+    def robust(self, target, rounded=False):
+        """Which images, (N,) bool, are right as they are and under every trial within its epsilon.
+
+        With `rounded`, adversarial images are taken as a PNG holds them.
+        """
         (_, clean), *attacked = self.row(target)
-        held = (~outcome.fooled(trial.epsilon) for trial, outcome in attacked)
+        held = (
+            outcome.right_8bit | (outcome.linf > trial.epsilon) if rounded else ~outcome.fooled(trial.epsilon)
+            for trial, outcome in attacked
+        )
         return reduce(torch.logical_and, held, clean.correct)
 
     def labeled(self):
@@ -125,7 +131,8 @@ class Results:
     def _check(self, before, path):
         now = self.identity()
         if before != now:
-            names = [name for name in now if (before or {}).get(name) != now[name]]
+            before = before or {}
+            names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
             raise utils.CheckpointError(
                 f"{path}: begun with another {', '.join(names)}; give the old ones, or --overwrite"
             )

@@ -1,6 +1,7 @@
 """The networks under test: a checkpoint as a `Target`, or as a plain module for other libraries."""
 
 import dataclasses
+import types
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def load_target(path, device, classes, predict="softmax"):
     names = ("script", "epoch", "config", "data", "started_from", "versions")
     origin = {name: state[name] for name in names if name in state}
     fast = folded(model).network.to(memory_format=memory_format(device))
-    label = _label(path, origin)
+    label = label_of(path, origin)
     facts = (str(path), model.depth, prototypes, origin, read.arguments)
     target = Target(label, read.sha256, model, fast, *facts)
     if predict == "softmax":
@@ -91,7 +92,7 @@ def load_target(path, device, classes, predict="softmax"):
     return dataclasses.replace(target, model=model, folded=fast)
 
 
-def _label(path, origin):
+def label_of(path, origin=types.MappingProxyType({})):
     """What a checkpoint's row is called: by its script and settings, or else by its file."""
     label = LABELS.get(origin.get("script"), Path(path).name.split(".")[0])
     settings = origin.get("config", {})

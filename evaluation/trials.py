@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import utils
 from . import autoattack
 
 CLEAN = "clean"  # the trial that changes nothing
+TARGETS = 3  # of nearest-prototype; on the committed networks a third class adds nothing to two
 PGD_STEP = 2 / 255  # the released step of PGD; BIM and MIM take epsilon / num_steps
 
 
@@ -52,6 +54,11 @@ def _pgd(config):
     return options, f"{words}, random start, restarts {config.restarts}"
 
 
+def _nearest(config):
+    options, words = _pgd(config)
+    return {**options, "num_targets": TARGETS}, f"{words}, the worst of the {TARGETS} nearest classes"
+
+
 def _apgd(config):
     options = {"num_steps": config.apgd_steps, "restarts": config.restarts}
     return options, f"{config.apgd_steps} steps, restarts {config.restarts}"
@@ -66,7 +73,7 @@ def _cw(config):
 
 
 def _autoattack(config):
-    log = beside(config, ".autoattack.log")
+    log = beside(config, ".autoattack.log") if config.results else os.devnull
     return {"log": log}, f"the reference implementation, standard version, its log in {log}"
 
 
@@ -90,10 +97,7 @@ CROSS_ENTROPY = Loss("cross-entropy", lambda target: attacks.cross_entropy)
 MARGIN = Loss("logit margin", lambda target: attacks.margin)
 DLR = Loss("DLR loss", lambda target: attacks.dlr)
 JOINT = Loss("joint loss of the checkpoint", lambda target: target.prototypes.per_image)
-PROTOTYPE = Loss(
-    "margin of the distances to the prototypes",
-    lambda target: lambda outputs, labels: attacks.margin(target.prototypes.nearest(outputs), labels),
-)
+PROTOTYPE = Loss("approach to the prototypes of other classes", lambda target: target.prototypes.approach)
 
 
 class Attack(NamedTuple):
@@ -138,10 +142,11 @@ ATTACKS = {
         lambda config: (_mim(config)[0], f"made on {config.source_checkpoint} by MIM's settings"),
     ),
     "joint": Attack("Joint loss", attacks.pgd, _pgd, JOINT),
-    "prototype": Attack("Prototype", attacks.pgd, _pgd, PROTOTYPE),
+    "nearest-prototype": Attack("Nearest prototype", attacks.nearest_prototype, _nearest, PROTOTYPE),
     "autoattack": Attack("AutoAttack", autoattack.run, _autoattack, least_classes=4),
 }
-CURVE_ATTACKS = tuple(name for name, attack in ATTACKS.items() if attack.function is attacks.pgd)
+ON_STEPS = (attacks.pgd, attacks.nearest_prototype)
+CURVE_ATTACKS = tuple(name for name, attack in ATTACKS.items() if attack.function in ON_STEPS)
 
 
 def check_classes(names, num_classes):
@@ -173,6 +178,11 @@ class Trial:
     needs_prototypes: bool = False
     limit: int | None = None  # the first so many images, class-balanced; None: all
 
+    @property
+    def radius(self):
+        """How far its images may lie from the originals."""
+        return self.epsilon if self.bounded else 1.0
+
     def applies_to(self, target):
         return target.has_pull or not self.needs_prototypes
 
@@ -203,6 +213,8 @@ def make(name, config, source=None):
         if entry.loss is not None:
             extra |= {"loss": entry.loss.of(target), "trace": trace}
         network = source.folded if name == "transfer" else target.folded
+        if entry.loss is not None and hasattr(trace, "watching"):
+            network = trace.watching(network, labels)
         return entry.function(network, images, labels, config.epsilon, **options, **extra)
 
     flags = {"bounded": name != "cw", "needs_prototypes": entry.needs_prototypes}

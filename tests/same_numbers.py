@@ -33,9 +33,9 @@ RUNS = {
     "pgd": ("pcl_training_adversarial_pgd.py", "--num-steps 2"),
 }
 EVERY_ATTACK = (
-    "--attacks fgsm bim mim pgd pgd-margin pgd-dlr apgd-ce apgd-dlr square cw noise joint prototype transfer "
-    "--apgd-steps 5 --num-queries 50 --cw-steps 10 --random-start --restarts 2 --sanity --sanity-images 50 "
-    "--epsilons 0 4/255 --step-counts 1 5"
+    "--attacks fgsm bim mim pgd pgd-margin pgd-dlr apgd-ce apgd-dlr square cw noise joint "
+    "nearest-prototype transfer --apgd-steps 5 --num-queries 50 --cw-steps 10 --random-start --restarts 2 "
+    "--sanity --sanity-images 50 --epsilons 0 4/255 --step-counts 1 5"
 )
 NETWORKS = ("CIFAR10_PCL_depth20", "CIFAR10_PCL_AdvTrain_PGD_lr0.1_depth20", "CIFAR10_PCL_Eq5_depth20")
 
@@ -94,7 +94,7 @@ def main(command, path, cifar10=None):
         data = ("--dataset", "synthetic", "--limit", "100", "--checkpoints", *made)
         source = ("--source-checkpoint", made[-1])
         numbers["attacks"] = evaluated(folder / "attacks.json", *data, *source, *EVERY_ATTACK.split())
-        predict = ("--predict", "prototype", "--attacks", "pgd", "prototype")
+        predict = ("--predict", "prototype", "--attacks", "pgd", "nearest-prototype")
         numbers["nearest"] = evaluated(folder / "nearest.json", *data[:5], *made[:2], *predict)
         if cifar10:
             there = ("--dataset", "folder", "--data-dir", cifar10, "--limit", "200")

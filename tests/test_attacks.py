@@ -16,6 +16,14 @@ from torch import nn
 import attacks
 
 EPSILONS = [0, 1e-8, 1 / 255, 8 / 255, 0.5, 1]
+
+
+def leads(outputs, labels):
+    """How far each logit leads the true one, which itself never does."""
+    logits, true = attacks.scores(outputs), labels[:, None]
+    return (logits - logits.gather(1, true)).scatter(1, true, -torch.inf)
+
+
 ATTACKS = {
     "noise": attacks.noise,
     "fgsm": attacks.fgsm,
@@ -23,14 +31,15 @@ ATTACKS = {
     "mim": attacks.mim,
     "pgd": attacks.pgd,
     "pgd-random": partial(attacks.pgd, random_start=True, restarts=2),
+    "nearest": partial(attacks.nearest_prototype, loss=leads, num_targets=2, random_start=True),
     "apgd": partial(attacks.apgd, num_steps=5),
     "apgd-dlr": partial(attacks.apgd, num_steps=5, restarts=2, loss=attacks.dlr),
     "square": partial(attacks.square, num_queries=8, restarts=2),
     "cw": partial(attacks.cw, num_steps=30, lr=0.05),
 }
 BOUNDED = [name for name in ATTACKS if name != "cw"]
-GRADIENT = [name for name in ATTACKS if name not in ("noise", "square", "cw")]
-RANDOM = ["noise", "pgd-random", "apgd", "apgd-dlr", "square"]
+GRADIENT = [name for name in ATTACKS if name not in ("noise", "square", "cw", "nearest")]
+RANDOM = ["noise", "pgd-random", "nearest", "apgd", "apgd-dlr", "square"]
 PLAIN = ["fgsm", "bim", "mim", "pgd"]
 
 all_attacks = pytest.mark.parametrize("name", ATTACKS)

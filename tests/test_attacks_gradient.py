@@ -42,6 +42,31 @@ def test_attacks_equal_their_definition_on_softmax_regression(epsilon, step_size
     assert (by_hand(0.05, 7) - by_hand(0.05, 7, 0.7)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("num_targets", [1, 3, 9])
+def test_nearest_prototype_is_the_worst_of_as_many_runs_of_pgd_by_hand(num_targets):
+    """Features are the images themselves; each run goes straight to one prototype, the nearest ones first."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.rand(5, 12, generator=generator, dtype=torch.float64)
+    images = torch.rand(20, 3, 2, 2, generator=generator, dtype=torch.float64)
+    nearer = lambda x: -torch.cdist(x.flatten(1), prototypes).square()  # noqa: E731
+    labels = nearer(images).argmax(1)
+
+    def come(outputs, labels):
+        true = labels[:, None]
+        return (outputs - outputs.gather(1, true)).scatter(1, true, -torch.inf)
+
+    found = attacks.nearest_prototype(
+        nearer, images, labels, 0.1, loss=come, num_targets=num_targets, step_size=0.05
+    )
+    order = come(nearer(images), labels).argsort(1, descending=True)[:, : min(num_targets, 4)]
+    for image, label, targets, result in zip(images, labels, order, found, strict=True):
+        # The loss of a run is linear in the image, so that PGD ends in a corner of the ball.
+        slopes = (prototypes[targets] - prototypes[label]).view(-1, 3, 2, 2)
+        ends = (image + 0.1 * slopes.sign()).clamp(0, 1)
+        margins = attacks.margin(nearer(ends), label.repeat(len(ends)))
+        torch.testing.assert_close(result, ends[margins.argmax()])
+
+
 def brightness(images):
     """Two logits: the brighter an image, the less it is of class 0."""
     return images.sum((1, 2, 3))[:, None] * torch.tensor([-1.0, 1.0])

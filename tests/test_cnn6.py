@@ -149,7 +149,7 @@ def trained(mnist, tmp_path_factory):
                  if script is pcl_training_adversarial_pgd else run(script, *data, *SMALL, *layers)
                  for script in pcl]  # fmt: skip
         few = (*data, "--limit", 10)
-        done.append(run(robustness, *few, "--attacks", "fgsm", "pgd", "prototype", "--save-images", "x"))
+        done.append(run(robustness, *few, "--attacks", "fgsm", "pgd", "nearest-prototype", "--save-images", "x"))
         done.append(run(plot_features, *few, "--num-steps", 2))
     assert [status for status, _, _ in done] == [0] * 6, [said for _, _, said in done]
     return cwd, done
@@ -184,7 +184,7 @@ def test_its_table_takes_the_papers_radius_and_a_step_that_reaches_it(trained):
     assert [entry["path"] for entry in report["checkpoints"]] == PATHS
     assert report["settings"]["epsilon"] == 0.3 and report["settings"]["step_size"] == pytest.approx(0.03)
     assert report["checkpoints"][1]["attacks"]["pgd"]["max_delta"] == pytest.approx(0.3, abs=1e-6)
-    assert "prototype" in report["checkpoints"][1]["attacks"]
+    assert "nearest-prototype" in report["checkpoints"][1]["attacks"]
     assert len(list((cwd / "x").glob("*/fgsm"))) == 4 and len(list((cwd / "x").glob("*/fgsm.png"))) == 4
     assert json.loads((cwd / "features.json").read_text())["settings"]["epsilon"] == 0.3
 

@@ -200,9 +200,9 @@ def test_the_log_of_autoattack_which_is_appended_to_is_begun_anew(checkpoint, tm
     for path in (log, kept, tmp_path / "s.json.partial"):
         path.write_text("before")
     config = robustness.Config(attacks=("autoattack",), results=str(tmp_path / "r.json"), overwrite=True)
-    files.claim(config, [checkpoint])
+    files.claim(config, {checkpoint: "0"})
     resumed = dataclasses.replace(config, results=str(tmp_path / "s.json"), overwrite=False, resume=True)
-    files.claim(resumed, [checkpoint])
+    files.claim(resumed, {checkpoint: "0"})
     assert not log.exists() and kept.read_text() == "before"
 
 

@@ -32,6 +32,14 @@ slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
+def saved(path):
+    """When a checkpoint was written, in ns; 0 where it is not there, as between the two renames of a save."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def options(script, path, stage_1=None, **more):
     steps = {"num_steps": 2} if script.endswith("pgd") else {}
     start = {} if script == "softmax_training" else {"init_from": stage_1}
@@ -190,9 +198,9 @@ def test_item_24_killed_while_saving_the_newest_whole_checkpoint_is_there(tmp_pa
     path, log = tmp_path / "run.pth.tar", tmp_path / "output.txt"
     given = [*options("softmax_training", path, save_every_minutes=1e-9), "--epochs", "100000", "--resume"]
     for attempt in range(3):
-        before = path.stat().st_mtime_ns if path.exists() else 0
+        before = saved(path)
         process = soak.start("softmax_training", given, tmp_path, log)
-        wait_for(lambda then=before: path.exists() and path.stat().st_mtime_ns > then, process, log)
+        wait_for(lambda then=before: saved(path) > then, process, log)
         time.sleep(0.02 * attempt)
         process.kill()
         assert soak.finish(process) == -signal.SIGKILL

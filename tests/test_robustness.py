@@ -17,7 +17,7 @@ import data
 import evaluation
 import robustness
 import utils
-from evaluation import report, trials
+from evaluation import pictures, report, trials
 from prototype_conformity import PrototypeConformityLoss
 from resnet_model import resnet
 
@@ -109,7 +109,7 @@ def test_items_18_and_20_reports_are_probed_and_cleaned_before_the_attacks_run(r
     config = config_of(root, tmp_path / "r.json", ("softmax",), attacks=(), epsilons=(0.0,))
     run(capsys, config)
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["r.csv", "r.curves.csv", "r.curves.png", "r.json"]
+    assert written == ["r.csv", "r.curves.csv", "r.curves.pdf", "r.curves.png", "r.json"]
     (tmp_path / "r.curves.csv").unlink()
     (tmp_path / "r.curves.csv").mkdir()
     config = dataclasses.replace(config, overwrite=True)
@@ -232,6 +232,7 @@ def test_curves(root, tmp_path, capsys):
         assert float(found[name, "steps", 10.0]["accuracy"]) == entry[name]["accuracy"]
     with Image.open(tmp_path / "r.curves.png") as picture:
         assert picture.width > picture.height > 300
+    assert (tmp_path / "r.curves.pdf").read_bytes().startswith(b"%PDF")
     assert len(report["curves"]) == 8
 
 
@@ -267,9 +268,20 @@ def test_kept_images_are_what_was_judged(root, tmp_path, capsys):
     assert (attacked - clean).abs().max() <= 8 / 255
     right = (target.logits(attacked).argmax(1) == split.labels).tolist()
     assert "".join("01"[r] for r in right) == report["checkpoints"][0]["attacks"]["fgsm"]["robust"]
-    picture = np.asarray(Image.open(mine / "fgsm.png"))
-    assert picture.shape == (3 * SIZE * 4, 7 * SIZE * 4, 3)
-    assert (picture[: SIZE * 4 : 4, : SIZE * 4 : 4] == split.images[0].permute(1, 2, 0).numpy()).all()
+    picture, side = np.asarray(Image.open(mine / "fgsm.png")), SIZE * 4
+    height, width = side + pictures.LINE, side + 4
+    assert picture.shape == (pictures.LINE + 3 * height, pictures.CAPTION + 7 * width, 3)
+    rows = (clean[:7], blocks[0]["adversarial"])  # what is drawn is judged: as 8 bits, it gives the caption
+    for row, images in enumerate(rows):
+        top = pictures.LINE + row * height
+        drawn = [
+            picture[top : top + side : 4, left : left + side : 4].transpose(2, 0, 1) / np.float32(255)
+            for left in range(pictures.CAPTION, picture.shape[1], width)
+        ]
+        drawn = torch.from_numpy(np.stack(drawn)).float()
+        assert (drawn - images).abs().max() <= 0.501 / 255 and (drawn - clean[:7]).abs().max() <= 8.001 / 255
+        key = ("predicted_clean", "predicted_8bit")[row]
+        assert torch.equal(target.logits(drawn).argmax(1), blocks[0][key])
     first = mine / "fgsm" / "00000.pt"
     assert first.stat().st_size < 2 * blocks[0]["images"].nbytes + 5_000  # labels of this block alone
 

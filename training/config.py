@@ -35,6 +35,7 @@ class RunConfig:
     holdout: Whole = 0  # training images held out, and measured in place of the test images
     save_to: str = ""  # the checkpoint
     log_to: str | None = None  # the log; none: beside save_to. The metrics lie beside it as .csv
+    tensorboard: str | None = None  # a folder for events of TensorBoard; none: no events
     resume: bool = False  # go on with the run at save_to, if there is one
     overwrite: bool = False  # start anew over the run at save_to
     # run
@@ -93,6 +94,10 @@ class RunConfig:
     def metrics_path(self):
         return self.log_path.with_suffix(".csv")
 
+    @property
+    def picture_path(self):
+        return self.log_path.with_suffix(".png")
+
     def of_seed(self, seed):
         """The settings of one of `seeds`, whose number is in the names of its files."""
         changes = {"seed": seed, "seeds": (), "seeds_per_rank": False}
@@ -104,12 +109,13 @@ class RunConfig:
         return replace(self, **changes)
 
     def check(self):
-        """Raise UsageError unless checkpoint, log and metrics are three files."""
+        """Raise UsageError unless checkpoint, log, metrics and picture are files of their own."""
         if self.seeds_per_rank and not self.seeds:
             raise UsageError("--seeds-per-rank: has no seeds; add --seeds 0 1 2")
         log = self.log_path
         if not log.name:
             raise UsageError(f"--log-to {self.log_to}: names no file")
-        outputs = (log, self.metrics_path, self.save_to, checkpoints.previous_of(self.save_to))
+        outputs = (log, self.metrics_path, self.picture_path, self.save_to)
+        outputs += (checkpoints.previous_of(self.save_to),)
         if len(set(map(os.path.realpath, outputs))) < len(outputs):
             raise UsageError(f"--log-to {log}: the checkpoint and the metrics (.csv) have names of their own")

@@ -54,6 +54,7 @@ def claim_files(config, log=(), history=(), resumed=False):
     if checkpoints.exists(path) and not resumed:
         remedy = "--resume goes on with it, --overwrite starts anew, --save-to names another"
     outputs = (path, checkpoints.previous_of(path), config.log_path, config.metrics_path)
+    outputs += (config.picture_path,)
     utils.claim(outputs, may_replace, remedy)
 
 

@@ -7,7 +7,7 @@ import cli
 from utils import CheckpointError
 
 FREE_ON_RESUME = {  # settings that may differ between a run and its continuation
-    *("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite", "preset"),
+    *("data_dir", "init_from", "save_to", "log_to", "tensorboard", "resume", "overwrite", "preset"),
     *("epochs", "eval_every", "device", "threads", "compile", "save_every_minutes", "max_minutes"),
 }
 MACHINE = ("precision", "threads")  # what a run was given, whatever was asked for

@@ -6,6 +6,7 @@ import data
 import distributed
 import utils
 from models import folded
+from prototype_conformity import output
 
 from .compiling import choose
 from .run import Run
@@ -131,5 +132,5 @@ def accuracy(model, split):
         for _, images, labels in data.epoch_batches(split, EVAL_BATCH):
             images, labels = distributed.part(images), distributed.part(labels)
             images = data.to_float(images).contiguous(memory_format=torch.channels_last)
-            correct += (model.logits(images).argmax(1) == labels).sum()
+            correct += (output(model(images), "logits").argmax(1) == labels).sum()
     return 100 * distributed.total(correct).item() / len(split)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
+from prototype_conformity import output
 
 
 def synchronize_batchnorm(model):
@@ -89,7 +90,7 @@ class Part(nn.Module):
             outputs = self.model(images)
         self.model.train()
         layers = {**self.criterion.proximity, **self.criterion.contrastive}
-        used = (outputs.logits, *(getattr(outputs, layer) for layer in layers), *self.criterion.parameters())
+        used = (*(output(outputs, name) for name in ("logits", *layers)), *self.criterion.parameters())
         loss = 0 * sum(tensor.float().sum() for tensor in used)
         return loss, dict.fromkeys(self.criterion.terms, loss.detach()), loss.detach()
 

@@ -13,7 +13,7 @@ import distributed
 import utils
 from utils import CheckpointError, DataError
 
-from . import files
+from . import curves, files
 from .identity import check_identity, identity_of
 from .watch import Watch
 
@@ -56,7 +56,7 @@ class Run:
         distributed.check_same("data", self.identity["data"], DataError)
         self.batches = data.num_batches(len(dataset.train), config.batch_size)  # of an epoch
         self.columns = ("epoch", "loss", *criterion.terms, "train_accuracy", "test_accuracy", "lr")
-        self.progress = Progress()
+        self.progress, self.events = Progress(), curves.writer(config.tensorboard)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # it tries which algorithms are fastest
         self.watch = Watch(optimizer, self.device, self.say, config.save_to)
         self.began = self.saved = time.monotonic()
@@ -152,6 +152,7 @@ class Run:
         progress.log.append(f"{cells}  {batches * config.batch_size / seconds:7.0f} images/s  {left} left")
         self.save()  # the line with it: killed before the line is written, a resumed run writes it
         utils.say(progress.log[-1], config.log_path)
+        curves.publish(progress.history, config.picture_path, self.events)
 
     def save_or_leave(self, stop):
         """Save when it is time to; when a signal or --max-minutes asks for a stop, save and leave."""

@@ -1,6 +1,7 @@
 """Where stage 2 begins: with the weights of stage 1."""
 
 import checkpoints
+import models
 import utils
 
 from .loop import accuracy
@@ -17,7 +18,7 @@ def start_from(model, config, dataset):
     path = config.init_from
     read = checkpoints.read_network(path)
     ours = {"model": model.name, **model.arguments}
-    checkpoints.check_images(read.arguments, path, dataset)
+    models.check_images(read.arguments, path, dataset)
     for name, value in {"model": read.model, **read.arguments}.items():
         if value != ours.get(name) and not (name == "aux_dim" and value == 0):
             raise utils.CheckpointError(

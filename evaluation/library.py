@@ -1,0 +1,123 @@
+"""The evaluation as one call, on any network that a caller holds."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import cli
+import data
+import models
+import utils
+from attacks.common import check_input
+
+from . import autoattack, checks, report, trials
+from .measure import measure_each
+from .networks import fingerprint, target_of
+from .outcome import Outcome
+from .results import Results
+from .settings import Settings
+from .target import load_target
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` found; printed, it is the table and the lines under it.
+
+    table: in Markdown, as robustness.py prints it. notes: the lines under it. warnings: those that warn.
+    outcomes: an `Outcome` by the name of its attack, `clean` without; it holds a value for each image.
+    robust: which images, (N,) bool, are right without attack and under all. json: what robustness.py writes.
+    """
+
+    table: str
+    notes: list[str]
+    warnings: list[str]
+    outcomes: dict[str, Outcome]
+    robust: Tensor
+    json: str
+
+    def __str__(self):
+        return "\n".join([self.table, "", *self.notes])
+
+
+def evaluate(
+    model, images, labels, *,
+    attacks=Settings.attacks, epsilon=8 / 255, classes=None, criterion=None, **settings
+):  # fmt: skip
+    """Attack `model`, an nn.Module, on `images` with `labels`; return an `Evaluation`.
+
+    model: maps images to logits, N x num_classes, or to a tuple with a field `logits`. It is attacked in eval
+        mode and on its own device; all its modes are restored, and its weights stay as they are.
+    images: float in [0, 1], N x C x H x W; the model normalises them itself. labels: whole, (N,).
+    attacks: names of ATTACKS. classes: names, one for each logit.
+    criterion: the PrototypeConformityLoss that the model was trained with, for the attacks on it.
+    settings: fields of `Settings`, such as num_steps=50, random_start=True, sanity=True or seed=1.
+    Raises UsageError for settings or a network that cannot be used, DataError for such images or labels.
+    """
+    config = Settings(attacks=tuple(attacks), epsilon=epsilon, **settings)
+    cli.validate(config)
+    if not isinstance(model, torch.nn.Module):
+        raise utils.UsageError(f"model is a {type(model).__name__}; it must be an nn.Module")
+    with utils.evaluating(model):
+        device = next((t.device for t in (*model.parameters(), *model.buffers())), images.device)
+        images, labels = _checked(images.detach().to(device), labels.to(device))
+        label, sample = type(model).__name__, images[:2]
+        target = target_of(model, fingerprint(model), "", sample, classes and len(classes), label)
+        target = dataclasses.replace(target, prototypes=criterion)
+        with torch.no_grad():
+            classes = tuple(classes or map(str, range(target.logits(sample).shape[1])))
+        if labels.max() >= len(classes) or labels.min() < 0:
+            raise utils.DataError(
+                f"labels lie in [{labels.min()}, {labels.max()}], of {len(classes)} classes"
+            )
+        dataset = data.Dataset("the caller", classes, None, data.Split(images, labels))
+        results = assemble(config, dataset, [target])
+        for _ in measure_each(results):
+            pass
+        findings = {target.sha256: checks.sanity(results, target)} if results.checks else {}
+    return _evaluation(results, target, findings)
+
+
+def _evaluation(results, target, findings):
+    """The `Evaluation` that the results of one target make."""
+    notes = list(report.footnotes(results)) + [str(f) for found in findings.values() for f in found]
+    return Evaluation(
+        report.table(results),
+        notes,
+        [note.strip() for note in notes if note.strip().startswith(("WARN", "FAIL"))],
+        {trial.key: outcome for trial, outcome in results.row(target)},
+        results.robust(target),
+        report.as_json(results, findings),
+    )
+
+
+def _checked(images, labels):
+    """Images and labels that an attack takes; DataError for others."""
+    try:
+        check_input(images, labels)
+    except ValueError as error:
+        raise utils.DataError(str(error)) from None
+    if not len(images) or labels.is_floating_point():
+        raise utils.DataError(
+            f"there are {len(images)} images with {labels.dtype} labels: one or more, whole"
+        )
+    return images, labels.long()
+
+
+def assemble(config, dataset, targets):
+    """The `Results`, still empty, of everything that `config` asks for."""
+    if "autoattack" in config.attacks:
+        autoattack.find()
+    if config.predict == "prototype" and not all(target.has_pull for target in targets):
+        raise utils.UsageError("--predict prototype: such a network has no prototypes; --predict softmax")
+    device, classes = dataset.test.images.device, len(dataset.classes)
+    size = config.batch_size or (500 if device.type == "cuda" else 100)
+    config = dataclasses.replace(config, batch_size=size)
+    path = config.source_checkpoint
+    source = None if path is None else load_target(path, device, dataset.classes)
+    for target in (*targets, *([source] if source else [])):
+        if target.arguments:  # other people's networks have told by `target_of` what they take
+            models.check_images(target.arguments, target.path, dataset)
+    needed = checks.trials(config, classes, source) if config.sanity else {}
+    table, curves = trials.table(config, classes, source), trials.curves(config, classes)
+    return Results(config, dataset, targets, table, curves, needed, source)
