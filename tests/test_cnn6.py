@@ -149,7 +149,9 @@ def trained(mnist, tmp_path_factory):
                  if script is pcl_training_adversarial_pgd else run(script, *data, *SMALL, *layers)
                  for script in pcl]  # fmt: skip
         few = (*data, "--limit", 10)
-        done.append(run(robustness, *few, "--attacks", "fgsm", "pgd", "nearest-prototype", "--save-images", "x"))
+        done.append(
+            run(robustness, *few, "--attacks", "fgsm", "pgd", "nearest-prototype", "--save-images", "x")
+        )
         done.append(run(plot_features, *few, "--num-steps", 2))
     assert [status for status, _, _ in done] == [0] * 6, [said for _, _, said in done]
     return cwd, done
