@@ -45,9 +45,9 @@ def curves(rows, path):
         _draw(panel, axis, [row for row in rows if row["axis"] == axis], {k: styles[k] for k in lines})
     _legend(figure, lines, styles)
     with rc_context({"pdf.fonttype": 42}):  # letters that stay letters
-        for name in (path, path.with_suffix(".pdf")):
+        for name, kept in ((path, {}), (path.with_suffix(".pdf"), {"CreationDate": None})):
             with utils.replacing(name) as temporary:
-                figure.savefig(temporary, format=name.suffix[1:], dpi=200)
+                figure.savefig(temporary, format=name.suffix[1:], dpi=200, metadata=kept)
     return True
 
 

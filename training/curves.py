@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import distributed
 import utils
 
 LEAST_EPOCHS = 10  # a picture of fewer tells no more than the log
@@ -9,7 +10,7 @@ LEAST_EPOCHS = 10  # a picture of fewer tells no more than the log
 
 def writer(folder):
     """torch's SummaryWriter on `folder`, None for None; UsageError where tensorboard is not installed."""
-    if folder is None:
+    if folder is None or distributed.rank:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -18,6 +19,7 @@ def writer(folder):
     return SummaryWriter(folder)
 
 
+@distributed.first_rank
 def publish(history, path, events):
     """Add the last row of `history` to TensorBoard's `events`, if any, and draw all of it in the PNG `path`.
 
