@@ -104,15 +104,21 @@ def main(command, path, cifar10=None):
     if command == "record":
         Path(path).write_text(json.dumps(numbers, indent=1) + "\n")
         return
-    before = json.loads(Path(path).read_text())
-    different = [
-        f"{part}, {name}, {key}"
+    now, before = flat(numbers), flat(json.loads(Path(path).read_text()))
+    if alone := sorted(now.keys() ^ before.keys()):
+        print("in one of them alone: " + "; ".join(alone))
+    different = [key for key in now if key in before and now[key] != before[key]]
+    sys.exit("different: " + "; ".join(different) if different else 0)
+
+
+def flat(numbers):
+    """Each number by its part, its run or network, and its name there."""
+    return {
+        f"{part}, {name}, {key}": value
         for part in numbers
         for name, values in numbers[part].items()
-        for key in (values if isinstance(values, dict) else [""])
-        if (values[key] if key else values) != (before[part][name][key] if key else before[part][name])
-    ]
-    sys.exit("different: " + "; ".join(different) if different else 0)
+        for key, value in (values if isinstance(values, dict) else {"all": values}).items()
+    }
 
 
 if __name__ == "__main__":
