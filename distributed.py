@@ -1,6 +1,6 @@
-"""The ranks of a run: processes that torchrun begins and that work on it together, or else this one alone.
+"""The ranks of a run: the processes that torchrun starts to work on it together.
 
-Without torchrun nothing of torch.distributed is imported here, and each function does what one rank needs.
+Without torchrun this process is the only rank, and torch.distributed is not imported here.
 """
 
 import contextlib
@@ -17,18 +17,19 @@ from pathlib import Path
 import torch
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-PATIENCE = timedelta(minutes=30)  # ranks wait so long for one another, say for a download
-ROLL_CALL = 3.0  # seconds in which every rank that is left says so
-LOST = ("gloo", "NCCL", "onnection", "peer", "roken pipe", "ocket")  # in errors of ranks that lost another
+PATIENCE = timedelta(minutes=30)  # how long ranks wait for one another, for example during a download
+ROLL_CALL = 3.0  # seconds; a rank that is alive answers within them
+# Words in the error of a rank that lost another one.
+LOST = ("gloo", "NCCL", "onnection", "peer", "roken pipe", "ocket")
 
-rank, world = 0, 1  # the number of this rank, and of ranks
-_store = None  # what torchrun's ranks tell each other outside the run
+rank, world = 0, 1  # the number of this rank, and how many ranks there are
+_store = None  # torchrun's key-value store, in which ranks leave messages for one another
 
 
 def begin(fault):
-    """Join the other ranks where torchrun has begun several; raise `fault` for a RANK of another origin.
+    """Join the other ranks if torchrun started several. Raise `fault` if something else has set RANK.
 
-    A run that ended by a fault, or when its time was up, ends again at once if torchrun restarts it.
+    A run that ended with a fault, or because its time was up, ends again at once when torchrun restarts it.
     """
     global rank, world, _store, dist
     if (end := _mark("end")) and end.exists():
@@ -43,26 +44,26 @@ def begin(fault):
         store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     except ValueError as error:
         raise fault(f"RANK {os.environ['RANK']}: {error}; begin ranks with torchrun, or unset RANK") from None
-    # A restart finds what was told before it.
+    # The store outlives a restart, so each attempt has keys of its own.
     _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     _store.set(f"at {rank}", f"{platform.node()} {os.getpid()}")
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 def part_ways():
-    """From here on each rank is a run of its own."""
+    """Make each rank a run of its own from here on."""
     global rank, world
     rank, world = 0, 1
 
 
 def end():
-    """Leave the other ranks after work that is done."""
+    """Leave the other ranks when the work is done."""
     if _store is not None:
         dist.destroy_process_group()
 
 
 def on_machine():
-    """(The number of this rank, and of ranks, on this machine)."""
+    """Return the number of this rank on this machine, and how many ranks this machine has."""
     return (int(os.environ.get(name, one)) for name, one in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -70,18 +71,18 @@ def on_machine():
 
 
 def part(batch):
-    """This rank's rows of a batch; the first ranks have one more where they cannot all have as many."""
+    """Return this rank's rows of a batch. If they cannot be shared equally, the first ranks get one more."""
     return batch if world == 1 else batch.tensor_split(world)[rank]
 
 
 class PartGenerator(torch.Generator):
-    """A generator of the random numbers of a batch, in which this rank's images begin at number `first`."""
+    """A generator of one random number for each image of a batch; this rank's images begin at `first`."""
 
     first = 0
 
 
 def part_of(generator, images):
-    """The generator of a batch of so many images as this rank's PartGenerator."""
+    """Return this rank's PartGenerator, in the state of `generator`, for a batch of so many images."""
     made, (share, more) = PartGenerator(), divmod(images, world)
     made.set_state(generator.get_state())
     made.first = rank * share + min(rank, more)
@@ -89,7 +90,7 @@ def part_of(generator, images):
 
 
 def first_rank(function):
-    """`function` on the first rank; on the others nothing, also as a context: one rank speaks and writes."""
+    """Have only the first rank call `function`: one rank prints and writes. It may be a context manager."""
 
     @functools.wraps(function)
     def alone(*args, **options):
@@ -99,20 +100,20 @@ def first_rank(function):
 
 
 def take_over(tensors):
-    """Have on every rank what the first one has in these tensors."""
+    """Copy these tensors from the first rank to every other one, in place."""
     for tensor in tensors if world > 1 else ():
         dist.broadcast(tensor, 0)
 
 
 def total(tensor):
-    """A tensor summed over the ranks, in place."""
+    """Sum a tensor over the ranks, in place, and return it."""
     if world > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather(value):
-    """The value of each rank."""
+    """Return a list of the values of all ranks."""
     values = [value] * world
     if world > 1:
         dist.all_gather_object(values, value)
@@ -120,7 +121,7 @@ def gather(value):
 
 
 def agree(*values):
-    """The largest of each value over the ranks: they all act on it at the same point."""
+    """Return the largest of each value over the ranks, so that all ranks decide alike."""
     if world == 1:
         return values
     said = torch.tensor([int(value) for value in values])
@@ -130,7 +131,7 @@ def agree(*values):
 
 @contextlib.contextmanager
 def one_first():
-    """Within it one rank of each machine is ahead of the others, which wait for its end."""
+    """Within it one rank of each machine goes first; the others wait until it has left."""
     local, _ = on_machine()
     if local:
         agree(0)
@@ -140,7 +141,7 @@ def one_first():
 
 
 def check_same(what, value, fault):
-    """Raise `fault` on every rank unless they all have the same dict `value`; `what` is what to mend."""
+    """Raise `fault` on every rank unless all have the same dict `value`; the message calls it `what`."""
     first, *others = gather(value)
     for number, other in enumerate(others, 1):
         if names := [name for name in first if other.get(name) != first[name]]:
@@ -149,7 +150,7 @@ def check_same(what, value, fault):
 
 
 def own_device(name, fault):
-    """What `--device` means to this rank: of several on a machine each has a GPU of its own."""
+    """Return the device that `--device` means to this rank: ranks on one machine have a GPU each."""
     local, ranks = on_machine()
     gpus = torch.cuda.device_count()
     if ranks == 1 or not (name.startswith("cuda") or (name == "auto" and gpus)):
@@ -166,14 +167,14 @@ def own_device(name, fault):
 
 
 def _mark(path):
-    """A file of the present torchrun, whatever its restarts, that stands for `path`; None without one."""
+    """Return the file that stands for `path` in torchrun's folder, which outlives restarts; None without."""
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
     return Path(errors).parents[2] / name if errors else None
 
 
 def note_save(path):
-    """Note that this run has saved to `path`, so that it goes on from there when torchrun restarts it."""
+    """Note that this run has saved to `path`: if torchrun restarts it, it goes on from there."""
     if mark := _mark(path):
         mark.touch()
 
@@ -185,17 +186,17 @@ def restarted(path):
 
 
 def last_words(status, message, error):
-    """The exit status and the line of a rank that ends by `error`: one rank has the word for all.
+    """Return the exit status and the message of a rank that ends with `error`; only one rank has a message.
 
-    A rank that lost the others, or was told to stop, calls the roll: one that was killed does not answer. Its
-    status is that of the rank with the word.
+    A rank that lost another one, or was told to stop, looks for ranks that were killed: they do not answer.
+    A rank that lost another one takes over the status of the rank that has the message.
     """
     if world == 1:
         return _ended(status), message
     for signum in SIGNALS:  # torchrun ends the ranks that are left
         signal.signal(signum, signal.SIG_IGN)
     lost = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
-    with contextlib.suppress(RuntimeError):  # the launcher, and what is told there, may have gone
+    with contextlib.suppress(RuntimeError):  # the launcher may be gone, and its store with it
         _store.set(f"here {rank}", "")
         if (lost or status > 128) and (gone := _missing()):
             message = (
@@ -214,17 +215,17 @@ def last_words(status, message, error):
 
 
 def _ended(status):
-    """Note for `begin` that the run has ended by a fault, or when its time was up."""
+    """Note for `begin` that the run ended with a fault, or because its time was up; return `status`."""
     if 1 < status < 128 and (end := _mark("end")):
         end.write_text(str(status))
     return status
 
 
 def _missing():
-    """The ranks that have ended without a word."""
+    """Return the numbers of the ranks that ended without an answer."""
     deadline = time.monotonic() + ROLL_CALL
     while silent := [number for number in range(world) if not _store.check([f"here {number}"])]:
-        # One that waits for a rank on a third machine is silent, too.
+        # A rank may also be silent because it waits for one on a third machine.
         gone = [number for number in silent if _process_ended(number, time.monotonic() > deadline)]
         if gone or time.monotonic() > deadline:
             return gone
@@ -233,7 +234,7 @@ def _missing():
 
 
 def _process_ended(number, elsewhere):
-    """Whether the process of a rank is no more; `elsewhere` is what is said of one on another machine."""
+    """Return whether the process of a rank has ended; `elsewhere` for a rank on another machine."""
     machine, pid = _store.get(f"at {number}").decode().split()
     if machine != platform.node():
         return elsewhere

@@ -13,13 +13,12 @@ import utils
 from cli import OUT_OF_MEMORY
 
 ROUNDS = 3  # of a rehearsal: a CUDA graph is warmed up, recorded and replayed
-MINUTES = 3  # that compiling takes at depth 110: an estimate
-# Distance between a compiled and a plain result, as a share of the plain one, that is no rounding any more.
-# In bfloat16, where one kernel rounds less than several, it was seen to be 0.13 near the output of depth 110.
+MINUTES = 3  # to compile depth 110, estimated
+# From this relative distance on, a compiled and a plain result differ by more than rounding. In bfloat16 one
+# fused kernel rounds less often than several: near the output of depth 110 a distance of 0.13 was measured.
 DIFFERENT = 0.5
-NEAR = (
-    4  # of the last parameters gradients are compared: at the first ones of depth 110 they are all rounding
-)
+# Gradients of so many last parameters are compared: those of the first ones, at depth 110, are all rounding.
+NEAR = 4
 BROKEN = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
 MODES = {  # of torch.compile, best first, and what the log says of each
     "reduce-overhead": "compiled",  # on a GPU this mode also replays whole passes as CUDA graphs
@@ -29,16 +28,16 @@ MODES = {  # of torch.compile, best first, and what the log says of each
 
 
 def wanted(config, device):
-    """Whether to compile. On a CPU that gains nothing."""
+    """Return whether to compile. On a CPU it gains nothing."""
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 def choose(run, steps, stop):
-    """Return (forward, attack) of `steps`, compiled where `run` asks for it and a rehearsal goes well.
+    """Return (forward, attack) of `steps`, compiled if `run` asks for it and a rehearsal succeeds.
 
-    `steps(compiled)` makes them, `compiled` being called on each function that may be compiled. Under auto
-    what does not work here is done without, and the log says so; under on it raises UsageError. Raises
-    Interrupted where `stop` or --max-minutes asks for it meanwhile.
+    `steps(compiled)` makes the pair; it calls `compiled` on each function that may be compiled. If compiling
+    fails, `--compile auto` does without and logs it, and `--compile on` raises UsageError. Raises Interrupted
+    if `stop` or --max-minutes asks for it meanwhile.
     """
     config, plain, modes, trouble = run.config, steps(lambda function: function), list(MODES), ""
     run.identity["compiled"] = "off"
@@ -82,9 +81,9 @@ def cause(error):
 
 
 def on_full_batches(batch_size, mode, function):
-    """Return `function(images, ...)` compiled for full batches, doubled ones too.
+    """Return `function(images, ...)`, compiled for batches of `batch_size` and of twice that.
 
-    To compile for one other size, that of an epoch's last batch, would take as long again.
+    An epoch's last batch may be smaller. It is not compiled: that would take as long again.
     """
     compiled = torch.compile(function, mode=mode, dynamic=False)
 
@@ -98,7 +97,7 @@ def on_full_batches(batch_size, mode, function):
 
 
 def error_of(run, *steps_and_batch):
-    """What a rehearsal ends with, None where all is well; the run is as it was before."""
+    """Return the error that a rehearsal ends with, or None. The run is left as it was."""
     try:
         with leaving_at_once(run), as_it_was(run):
             rehearse(run, *steps_and_batch)
@@ -107,7 +106,7 @@ def error_of(run, *steps_and_batch):
 
 
 def rehearse(run, plain, compiled, images, labels):
-    """Go through a batch as in training, but for the optimiser; ArithmeticError unless both agree.
+    """Train on a batch without the optimiser's step; raise ArithmeticError unless both results agree.
 
     `plain` and `compiled` are each (forward, attack).
     """
@@ -121,20 +120,19 @@ def rehearse(run, plain, compiled, images, labels):
         found = results(run, forward(batch, classes)[0])
     run.optimizer.zero_grad(set_to_none=True)
     expected = results(run, plain[0](batch, classes)[0])
-    if (
-        attack is not None
-    ):  # how far it goes: where to is, in a deep network in bfloat16, a matter of rounding
+    if attack is not None:
+        # Only its mean distance is compared: in a deep network in bfloat16 rounding decides its direction.
         found["attack"] = (attacked - images).abs().mean()
         attacked = plain[1](images, labels, utils.generator(run.config.seed, "rehearsal"))
         expected["attack"] = (attacked - images).abs().mean()
     for name, value in expected.items():
         distance, comparable = (found[name] - value).norm() / value.norm(), value.isfinite().all()
-        if comparable and value.any() and not distance < DIFFERENT:  # so written, NaN is different
+        if comparable and value.any() and not distance < DIFFERENT:  # written so that NaN counts as different
             raise ArithmeticError(f"its {name} differs by {100 * distance.item():.0f} %")
 
 
 def results(run, loss):
-    """What a pass comes to, in memory of its own: its loss, the size of its gradient, and a part of that."""
+    """Return copies of the results of a pass: its loss, its gradients' norms, and a part of the gradients."""
     loss.backward()
     found = {"loss": loss.detach().clone()}
     for number, group in enumerate(run.optimizer.param_groups):
@@ -146,7 +144,7 @@ def results(run, loss):
 
 @contextlib.contextmanager
 def as_it_was(run):
-    """After it the run's batch norms know nothing of what went on within it, and there is no gradient."""
+    """Restore the batch norms' statistics afterwards, and remove all gradients."""
     run.model.train()
     buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
     try:
@@ -159,9 +157,9 @@ def as_it_was(run):
 
 @contextlib.contextmanager
 def leaving_at_once(run):
-    """Within it a signal to stop, and the end of --max-minutes, raises KeyboardInterrupt at once.
+    """Within it a signal to stop, or the end of --max-minutes, raises KeyboardInterrupt at once.
 
-    A compiler cannot be asked to stop, and nothing would be lost.
+    A compiler cannot be asked to stop, and no training is lost.
     """
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     left = run.began + 60 * (run.config.max_minutes or math.inf) - time.monotonic()
@@ -169,12 +167,14 @@ def leaving_at_once(run):
 
     def leave(signum, frame):
         if signum in handlers:
-            handlers[signum](signum, frame)  # to be known later, and to end the process at a second one
+            handlers[signum](signum, frame)  # it notes the signal, and ends the process at a second one
         raise KeyboardInterrupt(signum)
 
     with utils.answering_signals(leave, (*handlers, *alarms)):
-        if alarms and signal.getsignal(*alarms) is leave:  # not so outside the main thread
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0) + 0.1)  # by when save_or_leave knows it too
+        if alarms and signal.getsignal(*alarms) is leave:  # outside the main thread it is not
+            signal.setitimer(
+                signal.ITIMER_REAL, max(left, 0) + 0.1
+            )  # just after the time that save_or_leave waits for
         try:
             yield
         finally:

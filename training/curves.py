@@ -1,15 +1,18 @@
-"""What a run's metrics look like: a picture beside its log, and events for TensorBoard."""
+"""A run's metrics as a picture beside its log, and as events for TensorBoard."""
 
 import importlib.util
 
 import distributed
 import utils
 
-LEAST_EPOCHS = 10  # a picture of fewer tells no more than the log
+LEAST_EPOCHS = 10  # with fewer, a picture tells no more than the log
 
 
 def writer(folder):
-    """torch's SummaryWriter on `folder`, None for None; UsageError where tensorboard is not installed."""
+    """Return torch's SummaryWriter for `folder`; None for None, and on all ranks but the first.
+
+    Raises UsageError if tensorboard is not installed.
+    """
     if folder is None or distributed.rank:
         return None
     try:
@@ -21,9 +24,9 @@ def writer(folder):
 
 @distributed.first_rank
 def publish(history, path, events):
-    """Add the last row of `history` to TensorBoard's `events`, if any, and draw all of it in the PNG `path`.
+    """Add the last row of `history` to TensorBoard's `events`, if any, and draw all rows in the PNG `path`.
 
-    It is drawn where matplotlib is installed, from LEAST_EPOCHS on.
+    They are drawn from LEAST_EPOCHS rows on, if matplotlib is installed.
     """
     if events is not None:
         for name in history[-1].keys() - {"epoch"}:
@@ -35,7 +38,7 @@ def publish(history, path, events):
 
 
 def _draw(history, path):
-    """Loss terms, accuracies and rate against the epoch."""
+    """Draw loss terms, accuracies in percent and learning rate against the epoch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

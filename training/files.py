@@ -1,4 +1,4 @@
-"""The files of a run: checkpoint, log and metrics, and whether it may write them."""
+"""The files of a run (checkpoint, log, metrics, picture), and whether it may write them."""
 
 import contextlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from utils import CheckpointError, UsageError
 
 
 def claim(config):
-    """Prove, before any work, that a run can write its files and that none is anybody else's.
+    """Check, before any work, that a run can write its files and would replace no file of another's.
 
     Raises FileSystemError, CheckpointError for a checkpoint to resume that cannot be read, and UsageError for
     ranks that cannot work on one run.
@@ -33,11 +33,10 @@ def claim(config):
 
 
 def claim_files(config, log=(), history=(), resumed=False):
-    """As `claim`, for a run with the lines of `log` and the metrics of `history`, in the hold of its files.
+    """Do as `claim`, while the files are locked, for a run with the lines `log` and the rows `history`.
 
-    A file is the run's own where nothing is lost in it that the checkpoint has not: its log and its metrics
-    say what the checkpoint says, as far as both go. Killed before its first save, a run left a log without
-    an epoch.
+    A resumed run owns a log or metrics file that equals what the checkpoint says, as far as both go. A new
+    run may replace the log of a run of the same script that was killed before its first epoch ended.
     """
     texts = {config.log_path: log_text(log), config.metrics_path: metrics_text(history)}
 
@@ -63,13 +62,13 @@ def log_text(lines):
 
 
 def metrics_text(history):
-    """A row per epoch; before the first one, what every such file begins with."""
+    """Return the metrics as CSV, a row for each epoch; before the first, the beginning of every such file."""
     return utils.csv_text(history[0], history) if history else "epoch,loss,"
 
 
 @contextlib.contextmanager
 def fitting(path):
-    """Within it, what a checkpoint's contents of another type or shape raise becomes a CheckpointError."""
+    """Within it an error from contents of a wrong type or shape becomes a CheckpointError."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A step on several ranks: each takes its part of the batch, and all get the gradient of the whole."""
+"""A step on several ranks: each takes its part of the batch, and all get the gradient of the whole batch."""
 
 import warnings
 
@@ -12,17 +12,17 @@ from prototype_conformity import output
 
 
 def synchronize_batchnorm(model):
-    """Have the batch norms of `model` learn from the images of all ranks."""
+    """Make the batch norms of `model` use the statistics of all ranks' images, in place."""
     if next(model.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return
-    for module in model.modules():  # torch's own takes no tensors on a CPU
+    for module in model.modules():  # torch's own takes no CPU tensors
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = SyncedBatchNorm
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the images of all ranks, on a CPU. A rank may have none."""
+    """Batch norm over the images of all ranks, on a CPU. A rank may have no image."""
 
     def forward(self, x):
         if not self.training:
@@ -35,7 +35,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 
 class _Normalize(torch.autograd.Function):
-    """(x, weight, bias, eps) -> (normalised x, mean and unbiased variance of each channel)."""
+    """Map (x, weight, bias, eps) to (normalised x, mean, unbiased variance); all but x and eps are (C,)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -43,7 +43,7 @@ class _Normalize(torch.autograd.Function):
         if count:
             _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
             mean, var = mean.double(), scale.double() ** -2 - eps
-        # In float64 the difference of the squares keeps what float32 has.
+        # The variance is E[x^2] - E[x]^2: in float64 the difference keeps float32's digits.
         sums = torch.cat([count * mean, count * (var + mean.square()), mean.new_tensor([count])])
         *moments, total = distributed.total(sums).split([len(weight), len(weight), 1])
         mean, square = (moment / total for moment in moments)
@@ -64,7 +64,8 @@ class _Normalize(torch.autograd.Function):
             backward = torch.ops.aten.native_batch_norm_backward  # with mean and variance as constants
             grads = backward(grad, x, weight, *narrow, None, None, False, ctx.eps, [True] * 3)
             grad_x, grad_weight, grad_bias = grads
-        # What x does to them: minus weight * scale * (mean of grad + normalised x * mean of grad times that).
+        # The gradient through mean and variance, with z the normalised x:
+        # -weight * scale * (mean of grad + z * mean of (grad * z)).
         means = distributed.total(torch.stack([grad_bias, grad_weight]).double()) / total
         scale = (var + ctx.eps).rsqrt()
         slope = -weight * scale.square() * means[1]
@@ -74,7 +75,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class Part(nn.Module):
-    """`forward` on this rank's images, of which there may be none, with all the parameters that it trains."""
+    """`forward` on this rank's images, which may be none, as a module that owns all trained parameters."""
 
     def __init__(self, forward, run):
         super().__init__()
@@ -84,7 +85,7 @@ class Part(nn.Module):
     def forward(self, images, labels):
         if len(labels):
             return self.function(images, labels)
-        # Gradients of zero, and batch norms that hear of the other ranks, or learn nothing of no image.
+        # All gradients are zero. Synchronised batch norms take part; others must learn nothing from no image.
         self.model.train(self.synced)
         with self.autocast():
             outputs = self.model(images)
@@ -96,9 +97,10 @@ class Part(nn.Module):
 
 
 def parallel(forward, run):
-    """`forward` of a part: backward gives the gradient of the whole batch; terms and right answers are of it.
+    """Return `forward` for a rank's part of a batch; loss.backward() gives the gradient of the whole batch.
 
-    forward(images, labels) -> (loss, its terms, how many are right), of the images it is given.
+    forward(images, labels) -> (loss, its terms, how many are right) of the images it is given. The function
+    returned takes a rank's part; its terms and its count are those of the whole batch.
     """
     config = run.config
     if config.sync_batchnorm:
@@ -108,7 +110,7 @@ def parallel(forward, run):
         module = DistributedDataParallel(
             Part(forward, run),
             broadcast_buffers=not config.sync_batchnorm,
-            find_unused_parameters=run.model.aux_dim > 0,  # the branch, where no loss supervises it
+            find_unused_parameters=run.model.aux_dim > 0,  # no loss may supervise the branch
         )
 
     def of_part(images, labels):

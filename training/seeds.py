@@ -1,4 +1,4 @@
-"""Many seeds: the same settings trained several times, one run after another or one run a rank."""
+"""Many seeds: the same settings trained once for each seed, one after another or on different ranks."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from .files import claim
 
 
 def each_seed(main):
-    """`main(config)` for each of `config.seeds` in turn; for `config` as it is where it names none."""
+    """Have `main(config)` train with each of `config.seeds` in turn; with none, call it once as it is."""
 
     @functools.wraps(main)
     def train(config):
@@ -33,7 +33,7 @@ def each_seed(main):
 
 
 def of_this_rank(runs, config):
-    """Those of the runs that are this rank's; each rank goes its own way from here on."""
+    """Return the runs that this rank trains; from here on it trains alone. Raises UsageError."""
     distributed.check_same("options", {**cli.config_dict(config), "data_dir": None}, UsageError)
     if len(runs) < distributed.world:
         raise UsageError(f"--seeds-per-rank: {len(runs)} seeds for {distributed.world} ranks; begin fewer")
