@@ -1,7 +1,7 @@
 """The paper's second network: six convolutions, for the grey images of MNIST and Fashion-MNIST (Table 1).
 
-It returns its hidden features along with the class scores, under the names that the ResNet gives to the same
-three places, and like it normalises images itself.
+It returns its hidden features along with the class scores, under the ResNet's names for the same three
+places. Like the ResNet it normalises images itself.
 """
 
 import copy
@@ -12,12 +12,12 @@ from torch import nn
 from resnet_model import Outputs, checked_normalisation, clean_state_dict
 
 MEAN, STD = (0.1307,), (0.3081,)  # of MNIST's training images
-UNTOLD = {"mean": MEAN, "std": STD, "side": 28}  # arguments that no weight tells
+UNTOLD = {"mean": MEAN, "std": STD, "side": 28}  # arguments that weights do not show
 LARGEST = 1024  # pixels of an image's sides
 WIDTHS = (32, 64, 128)  # of the three pairs of convolutions
-# What the scripts do otherwise with this network, unless an option or the preset says it. Without batch
-# norm stage 1 diverges within 50 batches at a rate of 0.1, and at 0.01 at times. Its features are long: the
-# released pull diverges in the second batch of stage 2, and one of 0.01 takes all accuracy at first.
+# The scripts' defaults with this network; an option or the preset wins. It has no batch norm: at a learning
+# rate of 0.1 stage 1 diverges within 50 batches, at 0.01 sometimes. Its features have large norms: with the
+# released weight_prox stage 2 diverges in the second batch, and with 0.01 it loses all accuracy at first.
 SETTINGS = {"fc_dim": 64, "lr": 0.003, "weight_prox": 0.001}
 
 
@@ -51,19 +51,19 @@ class CNN6(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         for layer in self.features:
-            if isinstance(layer, nn.Conv2d):  # with PyTorch's own, or fan-out, it hardly begins to learn
+            if isinstance(layer, nn.Conv2d):  # with PyTorch's default, or fan-out, it hardly learns
                 nn.init.kaiming_normal_(layer.weight, a=0.25, mode="fan_in")
                 nn.init.zeros_(layer.bias)
 
     def forward(self, images):
-        """Features and class scores of `images`, N x C x side x side in [0, 1]."""
+        """Return features and class scores of `images`, N x C x side x side in [0, 1], as `Outputs`."""
         maps = self.features((images - self.mean) / self.std)
         layer3 = self.fc1(maps.flatten(1))
         fc = self.fc2(layer3)
         return Outputs(maps.mean((2, 3)), layer3, fc, self.fc3(fc))
 
     def logits(self, images):
-        """Class scores alone, N x num_classes: the function that attacks and evaluation take."""
+        """Return class scores alone, N x num_classes: the function that attacks and evaluation take."""
         return self(images).logits
 
 
@@ -71,7 +71,8 @@ def cnn6(num_classes=10, fc_dim=64, side=28, mean=MEAN, std=STD):
     """Make a CNN-6 with fresh weights: He's fan-in normal convolutions, the rest as PyTorch draws it.
 
     num_classes: from 2 up. fc_dim: width of the penultimate layer: 64 in the paper, 2 in its Figure 1.
-    side: pixels of an image's sides, from 8 up. mean, std: of each channel, 1 or more.
+    side: height and width of an image in pixels, from 8 to LARGEST. mean, std: one number a channel, with
+    which images are normalised.
     Raises ValueError for any other argument.
     """
     for name, value, least in (("num_classes", num_classes, 2), ("fc_dim", fc_dim, 1), ("side", side, 8)):
@@ -86,9 +87,9 @@ make = cnn6
 
 
 def network_of(state_dict, **untold):
-    """The arguments of the `cnn6` that `state_dict` fits: num_classes, fc_dim.
+    """Return the arguments of the `cnn6` that `state_dict` fits: num_classes and fc_dim.
 
-    `untold`: those of UNTOLD. All keys and shapes must fit, but wrappers' prefixes are ignored. Raises
+    untold: the arguments of UNTOLD. All keys and shapes must fit; wrappers' prefixes are ignored. Raises
     ValueError when no network fits.
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
@@ -120,7 +121,7 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the present weights of the original, in place."""
+        """Copy the present weights of the original, in place."""
         torch._foreach_copy_(list(self.network.parameters()), self.originals)
 
 

@@ -62,7 +62,7 @@ class Dataset:
 
     @property
     def kind(self):
-        """Its row of SETS. Images of the user's own are treated as CIFAR-10's, grey ones as MNIST's."""
+        """Its entry in SETS; for the user's own images that of CIFAR-10 or, if they are grey, of MNIST."""
         like = "mnist" if self.shape[0] == 1 else "cifar10"
         return SETS[like if self.name == "folder" or self.name not in SETS else self.name]
 
@@ -84,11 +84,10 @@ class Dataset:
 def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", splits=SPLITS):
     """Read the data set called `dataset`, one of DATASETS, onto `device`. Raises DataError.
 
-    What torchvision knows is read from where torchvision keeps it below DATA_DIR, and downloaded where it is
-    not there; `folder` is read from DATA_DIR/{train,test}/<class>/<image files>; `synthetic` is drawn, and
-    `seed` decides what.
-    `limit` keeps that many images of each split: the first of each class, in their order; all, where a split
-    has fewer. `holdout` takes that many images, the last of each class, out of the training images. They take
+    torchvision's data sets are read from where it keeps them below DATA_DIR, and downloaded if they are not
+    there; `folder` is read from DATA_DIR/{train,test}/<class>/<image files>; `seed` decides on `synthetic`.
+    `limit` keeps that many images of each split, the first of each class, in their order; a smaller split
+    keeps all. `holdout` takes that many images, the last of each class, out of the training images. They take
     the place of the test images, which are not read, so that settings can be chosen by them.
     """
     try:
@@ -205,15 +204,15 @@ def _draw_shapes(labels, generator):
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a data set before it is read; the defaults are CIFAR-10's.
+    """What is known of a data set before it is read. The defaults are those of CIFAR-10.
 
     read: (root, splits, seed) -> the class names and, of each split, the labels of all images and a function
         that reads the images of given indices: none is read beyond the limit.
-    shape: channels, height and width of an image; None: those that are found.
-    mean, std: of each channel, with which its networks normalise.
-    padding, flip: of its augmentation.
-    stem: how the names of its checkpoints begin.
-    settings: what the scripts do otherwise on it; an option that is given wins.
+    shape: channels, height and width of an image; None: as the files have it.
+    mean, std: one number a channel, with which its networks normalise images.
+    padding, flip: arguments of `augment`.
+    stem: the beginning of its checkpoints' names.
+    settings: the scripts' defaults on it; an option that is given wins.
     """
 
     read: Callable
@@ -287,7 +286,7 @@ def to_float(images):
 
 
 def augment(images, generator, padding=4, flip=True):
-    """Crop each image at random out of a black frame `padding` pixels wide, and mirror one in two to `flip`.
+    """Crop each image at random out of a black frame `padding` pixels wide; with `flip` mirror half of them.
 
     Takes and returns N x C x H x W of any type and memory format; all outcomes are equally likely. One number
     an image is drawn from `generator`, which is on the CPU whatever the device of the images.

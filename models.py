@@ -1,9 +1,10 @@
 """The networks by their names on the command line, and what they have in common.
 
-Each is a module of its own with `make`, its constructor; `network_of`, the arguments that weights tell;
-`UNTOLD`, those that they do not; `SETTINGS`, what the scripts do otherwise with it; `folded`, a frozen copy.
-A network maps images in [0, 1] to `Outputs`; it has `name`, `label`, `num_classes`, `feat_dims`,
-`arguments` and `logits`.
+Each has a module of its own. There `make` is its constructor, and `network_of` finds the constructor's
+arguments from weights. `UNTOLD` holds the arguments that weights do not show, with their defaults. `SETTINGS`
+are the scripts' defaults with this network, and `folded` makes a frozen copy for attacks.
+A network maps images in [0, 1], N x C x H x W, to `Outputs`; it has `name`, `label`, `num_classes`,
+`feat_dims`, `arguments` and `logits`.
 """
 
 import inspect
@@ -16,7 +17,7 @@ NETWORKS = {"resnet": resnet_model, "cnn6": cnn6_model}
 
 
 def for_data(config, dataset):
-    """The network that `config` asks for, with fresh weights, for the images and classes of `dataset`."""
+    """Return the network that `config` asks for, with fresh weights, for images and classes of `dataset`."""
     kind = dataset.kind
     known = {
         "num_classes": len(dataset.classes),
@@ -30,17 +31,17 @@ def for_data(config, dataset):
 
 
 def lacks(model):
-    """The options of the training scripts that mean nothing to the network of that name."""
+    """Return the options of the training scripts that the network of that name does not have."""
     return {"depth", "aux_dim"} - inspect.signature(NETWORKS[model].make).parameters.keys()
 
 
 def build(model, arguments):
-    """The network of that name with fresh weights."""
+    """Return the network of that name with fresh weights."""
     return NETWORKS[model].make(**arguments)
 
 
 def check_images(arguments, path, dataset):
-    """Raise CheckpointError when a network of these arguments takes other images than those of `dataset`."""
+    """Raise CheckpointError if a network with these arguments takes other images than `dataset` has."""
     kinds = {1: "grey", 3: "colour"}
     takes, (found, _, side) = len(arguments["mean"]), dataset.shape
     if (takes, arguments.get("side", side)) != (found, side):
@@ -52,12 +53,13 @@ def check_images(arguments, path, dataset):
 
 
 def network_of(state_dict, said):
-    """The name and the arguments of the network that weights fit; `said`: what their checkpoint says of it.
+    """Return the name and the arguments of the network that `state_dict` fits.
 
-    Where it says nothing the weights are of a ResNet for CIFAR-10. Raises ValueError when no network fits.
+    said: what the checkpoint says of its network; an empty one means a ResNet for CIFAR-10. Raises ValueError
+    when no network fits.
     """
     name = said.get("model", "resnet")
-    if name not in list(NETWORKS):
+    if name not in list(NETWORKS):  # a list, since a name from a file may be unhashable
         raise ValueError(f"a network called {name!r:.40}, which is unknown here")
     module = NETWORKS[name]
     untold = {key: said.get(key, value) for key, value in module.UNTOLD.items()}

@@ -1,7 +1,7 @@
 """The data sets that torchvision downloads, read from the files that it keeps, by its own readers.
 
-`data.SETS` says which reader reads which set. A file is read once its checksum is right: its MD5 sum or, of a
-packed file of MNIST's, what gzip keeps. Each reader raises a DataError that names the file.
+`data.SETS` says which reader reads which set. A file is used only if its checksum is right: its MD5 sum or,
+for a packed file of MNIST, the checksum that gzip stores. Each reader raises a DataError that names the file.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from utils import DataError, UsageError
 
 
 def read_cifar(kind, title, classes, root, splits, seed=None):
-    """CIFAR-10 or CIFAR-100, as torchvision's `kind`, in the folder below ROOT that its archive makes.
+    """Read CIFAR-10 or CIFAR-100, torchvision's class `kind`, from its archive's folder below ROOT.
 
-    Without `classes` their names are read too: those of CIFAR-100's 100 fine classes.
+    With `classes` None their names are read too: those of CIFAR-100's 100 fine classes.
     """
     if classes is None:
         path = root / kind.base_folder / kind.meta["filename"]
@@ -51,7 +51,7 @@ def read_cifar(kind, title, classes, root, splits, seed=None):
 
 
 def read_mnist(kind, title, classes, root, splits, seed=None):
-    """MNIST or Fashion-MNIST, as torchvision's `kind`: files in ROOT or ROOT/<kind>/raw, packed or not."""
+    """Read MNIST or Fashion-MNIST, torchvision's class `kind`, in ROOT or ROOT/<kind>/raw, packed or not."""
     found = {}
     for split in splits:
         prefix = "train" if split == "train" else "t10k"
@@ -62,10 +62,10 @@ def read_mnist(kind, title, classes, root, splits, seed=None):
 
 
 def _idx(kind, title, root, name, read):
-    """What `read`, torchvision's reader, makes of the file called `name`.
+    """Return what `read`, torchvision's reader, makes of the file called `name`.
 
-    A packed one is unpacked where nobody sees it: its folder may be read-only. It has a checksum of its own,
-    and torchvision's MD5 sum besides when it is downloaded; files packed by others have another sum.
+    A packed file is unpacked in a temporary folder, since its own may be read-only. Its MD5 sum is checked
+    only when it is downloaded: files that others packed have another sum.
     """
     raw = root / kind.__name__ / "raw"
     places = [folder / file for file in (f"{name}.gz", name) for folder in (root, raw)]
@@ -85,7 +85,7 @@ def _idx(kind, title, root, name, read):
 
 
 def read_svhn(classes, root, splits, seed=None):
-    """SVHN, cropped digits, in ROOT/train_32x32.mat and ROOT/test_32x32.mat."""
+    """Read SVHN, cropped digits, from ROOT/train_32x32.mat and ROOT/test_32x32.mat."""
     if importlib.util.find_spec("scipy") is None:
         raise UsageError("--dataset svhn: its files need a package: pip install scipy")
     found = {}
@@ -101,7 +101,7 @@ def read_svhn(classes, root, splits, seed=None):
 
 
 def _checked(root, split, images, labels, classes):
-    """The labels, and the function that reads images; DataError unless they belong together."""
+    """Return labels and a function from indices to images; DataError unless they belong together."""
     if len(images) != len(labels):
         raise unusable(root, f"has {len(images)} {split} images and {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= len(classes):
@@ -111,12 +111,12 @@ def _checked(root, split, images, labels, classes):
 
 
 def _unpickle(path, md5):
-    """The content of a pickled file. Nothing is unpickled but the very bytes whose MD5 is right."""
+    """Return the content of a pickled file. Only bytes whose MD5 sum is right are unpickled."""
     return pickle.loads(_content(path, md5), encoding="latin1")
 
 
 def _content(path, md5=None):
-    """The bytes of a file; DataError unless their MD5 is the one given, if one is."""
+    """Return the bytes of a file; DataError unless they have the MD5 sum `md5`, if it is given."""
     try:
         content = path.read_bytes() if path.is_file() else b""  # a pipe would be waited for
     except OSError as cause:
@@ -134,7 +134,7 @@ def _download_cifar(kind, title, root):
 
 @contextlib.contextmanager
 def _downloading(title, place, url, files):
-    """Within it torchvision downloads: silently, and not waiting for ever; DataError where that fails."""
+    """Within it torchvision downloads silently and with a timeout; a failure becomes a DataError."""
     bars, quiet = sys.stderr if sys.stderr.isatty() else io.StringIO(), io.StringIO()
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever on a silent network
