@@ -1,11 +1,11 @@
-"""How evaluation computes: in float32, the same way every time, in the memory order that is fast for it."""
+"""How evaluation computes: in float32, reproducibly, and in the memory order that is fastest."""
 
 import contextlib
 
 import torch
 
-# Where PyTorch may trade digits for speed. This is its new interface: `allow_tf32`, the old one, raises when
-# somebody has used both.
+# Where PyTorch may trade precision for speed. This is its new interface. The old one, `allow_tf32`, raises an
+# error once both were used.
 PLACES = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,
@@ -16,7 +16,7 @@ PLACES = (
 
 @contextlib.contextmanager
 def exact_float32():
-    """Within it nothing computes in less than float32, and CUDA convolutions repeat themselves exactly."""
+    """Within it nothing computes in less than float32, and CUDA convolutions are deterministic."""
     cudnn, precisions = torch.backends.cudnn, [place.fp32_precision for place in PLACES]
     modes = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,7 @@ def exact_float32():
 
 
 def memory_format(device):
-    """The memory order of images and weights in which float32 convolutions are fast.
+    """Return the memory order of images and weights in which float32 convolutions are fast.
 
     On a CPU that is channels-last. cuDNN has its fast float32 kernels for the plain order.
     """

@@ -1,4 +1,4 @@
-"""The evaluation as one call, on any network that a caller holds."""
+"""The evaluation as one call, on any network that a caller passes in."""
 
 import dataclasses
 from typing import NamedTuple
@@ -22,11 +22,13 @@ from .target import load_target
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` found; printed, it is the table and the lines under it.
+    """What `evaluate` found; `print` shows the table and the lines under it.
 
-    table: in Markdown, as robustness.py prints it. notes: the lines under it. warnings: those that warn.
-    outcomes: an `Outcome` by the name of its attack, `clean` without; it holds a value for each image.
-    robust: which images, (N,) bool, are right without attack and under all. json: what robustness.py writes.
+    table: in Markdown, as robustness.py prints it. notes: the lines under it. warnings: those of the notes
+    that warn, or tell of a failed check.
+    outcomes: from the name of an attack (`clean`: without) to its `Outcome`, with a value for each image.
+    robust: which images, (N,) bool, are right without attack and under every one.
+    json: the text of the JSON file that robustness.py writes.
     """
 
     table: str
@@ -47,7 +49,7 @@ def evaluate(
     """Attack `model`, an nn.Module, on `images` with `labels`; return an `Evaluation`.
 
     model: maps images to logits, N x num_classes, or to a tuple with a field `logits`. It is attacked in eval
-        mode and on its own device; all its modes are restored, and its weights stay as they are.
+        mode on its own device. Its weights do not change, and the mode of each module is restored.
     images: float in [0, 1], N x C x H x W; the model normalises them itself. labels: whole, (N,).
     attacks: names of ATTACKS. classes: names, one for each logit.
     criterion: the PrototypeConformityLoss that the model was trained with, for the attacks on it.
@@ -79,7 +81,7 @@ def evaluate(
 
 
 def _evaluation(results, target, findings):
-    """The `Evaluation` that the results of one target make."""
+    """Return the `Evaluation` of one target's results."""
     notes = list(report.footnotes(results)) + [str(f) for found in findings.values() for f in found]
     return Evaluation(
         report.table(results),
@@ -92,7 +94,7 @@ def _evaluation(results, target, findings):
 
 
 def _checked(images, labels):
-    """Images and labels that an attack takes; DataError for others."""
+    """Return images and int64 labels that an attack takes; DataError for others."""
     try:
         check_input(images, labels)
     except ValueError as error:
@@ -105,7 +107,10 @@ def _checked(images, labels):
 
 
 def assemble(config, dataset, targets):
-    """The `Results`, still empty, of everything that `config` asks for."""
+    """Return the `Results`, still without outcomes, of all that `config` asks for.
+
+    Raises UsageError, and CheckpointError for a network that takes other images.
+    """
     if "autoattack" in config.attacks:
         autoattack.find()
     if config.predict == "prototype" and not all(target.has_pull for target in targets):
@@ -116,7 +121,7 @@ def assemble(config, dataset, targets):
     path = config.source_checkpoint
     source = None if path is None else load_target(path, device, dataset.classes)
     for target in (*targets, *([source] if source else [])):
-        if target.arguments:  # other people's networks have told by `target_of` what they take
+        if target.arguments:  # `target_of` has checked other people's networks
             models.check_images(target.arguments, target.path, dataset)
     needed = checks.trials(config, classes, source) if config.sanity else {}
     table, curves = trials.table(config, classes, source), trials.curves(config, classes)

@@ -1,4 +1,4 @@
-"""Any network as a `Target`: one that a function of the user's returns, or one that a caller holds."""
+"""Any network as a `Target`: one that a user's function returns, or one that a caller passes in."""
 
 import hashlib
 import importlib
@@ -17,9 +17,9 @@ from .target import Target, label_of
 
 
 class PlainOrder(nn.Module):
-    """A network that gets its images in plain memory order: code of others flattens them with `view`.
+    """A network that gets its images in plain memory order, since other people's code flattens with `view`.
 
-    Outputs in a dict become fields.
+    If it returns a dict, the entries become fields.
     """
 
     def __init__(self, network):
@@ -32,10 +32,11 @@ class PlainOrder(nn.Module):
 
 
 def build(spec, path=None):
-    """The network that `MODULE:FUNCTION` returns for a checkpoint's path, or for nothing where it is None.
+    """Return the network, frozen and in eval mode, that `MODULE:FUNCTION` makes of a checkpoint's path.
 
-    The module is looked for in the working directory first. Raises UsageError where there is no such module
-    or function, where it raises, and where it returns no nn.Module.
+    With `path` None the function is called without arguments. The module is looked for in the working
+    directory first. Raises UsageError if there is no such module or function, if it raises, or if it returns
+    no nn.Module.
     """
     name, _, function = spec.partition(":")
     thing = f"--network {spec}"
@@ -74,7 +75,7 @@ def _raised(thing, what, error):
 
 
 def fingerprint(network, name=""):
-    """SHA-256 of `name` and of a network's state_dict: names, types, shapes and bytes."""
+    """Return the SHA-256 of `name` and a network's state_dict: names, types, shapes and bytes."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape"))
     for key, value in network.state_dict().items():
         if not isinstance(value, torch.Tensor):
@@ -86,10 +87,10 @@ def fingerprint(network, name=""):
 
 
 def target_of(network, sha256, path, sample, num_classes=None, label=None):
-    """Any network, in eval mode, as a `Target`, once it has answered to the images `sample` as it should.
+    """Return any network as a `Target` in eval mode, after a check of its outputs on the images `sample`.
 
-    Its row is called `label`, or else by the file at `path`. Raises UsageError unless it gives finite scores,
-    N x num_classes (None: any number from 2 up), as a tensor or in a field `logits`.
+    Its row is called `label`, or by default after the file at `path`. Raises UsageError unless it returns
+    finite scores, N x num_classes (None: any number from 2 up), as a tensor or in a field `logits`.
     """
     thing, label = path or label, label or label_of(path)
     model = PlainOrder(network).eval()

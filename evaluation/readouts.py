@@ -1,11 +1,12 @@
 """Does an attack find an adversarial image that is known to be there?
 
 The test of Zimmermann, Brendel, Tramèr & Carlini, Increasing Confidence in Adversarial Robustness Evaluations
-(NeurIPS 2022). For an image that is right, points are drawn within 0.95 epsilon of it, and one corner of its
-ball of radius epsilon. On the network's last features a linear read-out is fitted that tells the corner from
-all of them, with its threshold just short of the corner and logits as far apart as the network's own. So for
-the network with this read-out in place of its own last layer the image is right, and the corner adversarial.
-An attack that finds neither it nor another one would not find those of the network itself.
+(NeurIPS 2022). For an image that is classified right, inner points are drawn within 0.95 epsilon of it, and
+one corner of its ball of radius epsilon. A linear read-out of the network's last features is fitted that
+separates the corner from all inner points. Its threshold lies just short of the corner, and its logits are
+scaled to the range of the network's own. It replaces the network's last layer: now the image is right, and
+the corner is adversarial. An attack that finds no adversarial image here cannot be trusted to find those of
+the network itself.
 """
 
 import collections
@@ -24,17 +25,18 @@ from .measure import attack_block
 from .trials import ATTACKS, CROSS_ENTROPY, MARGIN, make
 
 IMAGES = 50
-INNER = (999, 499, 199, 49)  # points to be told from the corner, the image among them; fewer where need be
+INNER = (999, 499, 199, 49)  # inner points, the image among them; fewer where so many cannot be separated
 INNER_RADIUS = 0.95  # of epsilon
-THRESHOLD = 0.999  # of the way from the inner points to the corner
+THRESHOLD = 0.999  # of the way from the highest score of an inner point to the corner's
 RIDGE = 1e-6  # of the mean variance: below it float32 features hold rounding errors alone
-RANDOM_POINTS = 200  # of the surface, and as many corners
+RANDOM_POINTS = 200  # on the ball's surface, and as many corners
 
 
 class Found(NamedTuple):
-    """Percent of `images` for which each attack, by its name, and random search find an adversarial image.
+    """The percentages of `images` for which attacks and random search found an adversarial image.
 
-    inner: how many images have a read-out that tells the corner from so many points; `images` in all.
+    images: those that have a read-out. inner: how many images by the number of inner points that their
+    read-outs separate. attacks: percentages by name. surface, corners: percentages of random search.
     """
 
     images: int
@@ -45,7 +47,10 @@ class Found(NamedTuple):
 
 
 class ReadOuts(nn.Module):
-    """A network with a read-out of two classes for each image of a batch; 1 where its score is above 0."""
+    """A network with a read-out for each image of a batch: two classes, 1 where the score is above 0.
+
+    weights: N x D. biases: (N,). Maps N images to logits, N x 2.
+    """
 
     def __init__(self, network, weights, biases):
         super().__init__()
@@ -54,11 +59,13 @@ class ReadOuts(nn.Module):
     def forward(self, images):
         features, _ = last_features(self.network, images)
         score = (features.to(self.weights.dtype) * self.weights).sum(1) + self.biases
-        return torch.stack([-score, score], 1).div(2).float()  # what underflows in the network does so here
+        return (
+            torch.stack([-score, score], 1).div(2).float()
+        )  # in float32, so that what underflows in the network underflows here
 
 
 def last_features(network, images):
-    """(input of the last linear layer that the network calls, N x D, or its logits; its logits)."""
+    """Return (features, N x D; logits): the input of the last linear layer called, or else the logits."""
     inputs = []
     layers = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
     hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in layers]
@@ -71,9 +78,9 @@ def last_features(network, images):
 
 
 def search(target, split, config):
-    """Run the attacks of the table that follow a gradient, and random search, on read-outs for a split.
+    """Run the table's attacks on cross-entropy and margin, PGD in any case, and random search on read-outs.
 
-    The images are right without attack. PGD is always among the attacks. Returns Found.
+    split: images that the target classifies right. Returns a Found.
     """
     seed, size = config.seed, config.batch_size
     fits, inner = [], collections.Counter()
@@ -103,9 +110,9 @@ def search(target, split, config):
 
 @torch.no_grad()
 def read_out(network, image, epsilon, generator, batch_size):
-    """Fit a read-out for one image, 1 x C x H x W: ((weights (D,), bias), number of inner points).
+    """Fit a read-out for one image, 1 x C x H x W; return ((weights (D,), bias), number of inner points).
 
-    (None, 0) where none tells the corner even from the fewest.
+    Returns (None, 0) where no read-out separates the corner even from the fewest inner points.
     """
     steps = torch.rand(INNER[0] + 1, *image.shape[1:], generator=generator).mul_(2).sub_(1)
     steps[0], steps[-1] = 0, steps[-1].sign() / INNER_RADIUS  # the image itself, and the corner
@@ -126,9 +133,10 @@ def read_out(network, image, epsilon, generator, batch_size):
 
 
 def separate(features, reach):
-    """(weights, bias) whose score is above 0 for the last row of `features`, N x D, alone; None without.
+    """Fit (weights (D,), bias) whose score is above 0 only for the last row of `features`, N x D, or None.
 
-    By least squares on standardised features. `reach` is the distance between lowest and highest score.
+    The fit is by least squares on standardised features. `reach`: the lowest and the highest score differ by
+    it.
     """
     deviation = features.std(0)
     scaled = (features - features.mean(0)) / deviation.where(deviation > 0, torch.inf)
@@ -150,7 +158,7 @@ def separate(features, reach):
 
 
 def _random_search(probe, split, epsilon, seed):
-    """Which images, (N,) bool, have an adversarial one among random points of the surface, and corners."""
+    """Return for which images, (N,) bool, a random point of the surface is adversarial, and a corner."""
     images, generator = data.to_float(split.images), utils.generator(seed, "random search")
     hits = dict.fromkeys(("surface", "corners"), torch.zeros(len(images), dtype=torch.bool))
     for _ in range(RANDOM_POINTS):

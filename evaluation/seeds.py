@@ -1,4 +1,4 @@
-"""Checkpoints that differ in nothing but their seed: one row of the table, mean and standard deviation."""
+"""Checkpoints that differ in their seed alone: one row of the table, with mean and standard deviation."""
 
 import statistics
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .outcome import percent
 
 NOTE = "±: standard deviation over the seeds; the rows of each seed are in the JSON and CSV files."
-# Settings that say nothing of the training.
+# Settings that do not change what is learned, and the seed itself.
 NOT_COMPARED = {
     *("seed", "seeds", "seeds_per_rank", "sync_batchnorm", "data_dir", "init_from", "save_to", "log_to"),
     *("resume", "overwrite", "eval_every", "save_every_minutes", "max_minutes", "compile", "device"),
@@ -14,7 +14,7 @@ NOT_COMPARED = {
 
 
 def rows(results):
-    """Yield (what a row of the table is called, its targets): a target, or several of other seeds."""
+    """Yield (label, targets) of each row of the table: one target, or several with different seeds."""
     groups = {}
     for label, target in results.labeled():
         groups.setdefault(_family(target), []).append((label, target))
@@ -30,12 +30,12 @@ def rows(results):
 
 
 def _differ(group):
-    """Whether these are several targets, each of another seed."""
+    """Return whether these are several targets whose seeds all differ."""
     return len(group) > 1 and len(group) == len({target.origin["config"]["seed"] for _, target in group})
 
 
 def _family(target):
-    """What targets of one row have in common; a checkpoint without a seed has a row of its own."""
+    """Return what the targets of a row have in common; a checkpoint without a seed has its own row."""
     settings = target.origin.get("config", {})
     if "seed" not in settings:
         return target.sha256
@@ -44,14 +44,14 @@ def _family(target):
 
 
 def spread(values):
-    """Mean and standard deviation as text; one value as it is."""
+    """Return mean and standard deviation as text; of a single value, the value."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def summary(results):
-    """A dict for each row of several seeds, for the JSON file."""
+    """Return a dict for each row of several seeds, as the JSON file holds it."""
     found = []
     for label, targets in rows(results):
         if len(targets) > 1:

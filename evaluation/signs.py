@@ -1,11 +1,11 @@
-"""What a reader of a row must be told besides what `checks` says of it."""
+"""What a reader of a row must know that no check of `checks` says."""
 
 from .checks import MEANINGS
 from .outcome import percent
 
 
 def under_table(results, target):
-    """Lines under the table: images lost on the way, rounded ones, a random network, probabilities."""
+    """Yield lines on images lost on the way, on rounding, on a random network, and on probabilities."""
     (_, clean), *attacked = results.row(target)
     lost = {trial.title: int((outcome.lost & clean.correct).sum()) for trial, outcome in attacked}
     if any(lost.values()):
@@ -24,6 +24,6 @@ def under_table(results, target):
 
 
 def _undone(outcome):
-    """How many adversarial images rounding makes right again, in words where there are any."""
+    """Return in words how many adversarial images rounding makes right again; empty for none."""
     count = int((outcome.right_8bit & ~outcome.correct).sum())
     return f" ({count} no longer adversarial)" if count else ""
