@@ -121,9 +121,8 @@ def _prepare_streams():
     """Replace closed streams by /dev/null, and write letters that the locale lacks as question marks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or getattr(
-            stream, "closed", False
-        ):  # the next file that is opened would get its number
+        # Else the next file that is opened would get the closed stream's number.
+        if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):  # a notebook's streams have none
             stream.reconfigure(errors="replace")

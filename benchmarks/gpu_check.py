@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_check
 
-It trains on noise with fresh weights, and reads and writes no file of yours. No step may wait for the GPU but
-where the loss is looked at, nothing may be compiled twice or kept out of a CUDA graph, compiled and plain
-training must learn the same, and evaluation must compute in float32. Then it times both beside the plain way.
+It trains on noise with fresh weights, and reads and writes no file of yours. It checks that a step waits for
+the GPU only to look at the loss, that nothing is compiled twice or kept out of a CUDA graph, that compiled
+and plain training reach the same loss, and that evaluation computes in float32. Then it measures the speed of
+both beside the textbook way.
 `--device cpu` tries the check itself; `--depth 110`, the released network, takes ten minutes.
 """
 
@@ -28,8 +29,8 @@ from cli import Count, Depth
 
 ROWS = ("stage1", "stage2", "stage2_pgd", "pgd")  # what is timed
 TRAINED = ("stage2", "stage2_pgd")  # what is trained step by step
-MORE_ROUNDING = 30  # times as far from float64 a GPU may be as a CPU; TF32 is a thousand times
-SAME_LOSS_PERCENT = 5.0  # by so much mean losses may differ that bfloat16 rounds in different places
+MORE_ROUNDING = 30  # a GPU may be so many times as far from float64 as a CPU; with TF32 it is a thousand
+SAME_LOSS_PERCENT = 5.0  # between mean losses, since compiled code rounds to bfloat16 in other places
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Config:
 
 
 def learns(subject: ours.Subject, row: str) -> str:
-    """Train an epoch of a row, compiled where that works, and plain; AssertionError for what is amiss."""
+    """Train an epoch of a row, compiled if possible, and once plain; AssertionError if a check fails."""
     plain = dataclasses.replace(subject, config=dataclasses.replace(subject.config, compile="off"))
     skipped = counters["inductor"]["cudagraph_skips"]
     run, losses, recompiled, seconds = trained(subject, row)
@@ -63,7 +64,7 @@ def learns(subject: ours.Subject, row: str) -> str:
 
 
 def trained(subject: ours.Subject, row: str) -> tuple:
-    """(the run, its mean loss, how often it compiled anew, the seconds until it began) of a row's epoch."""
+    """Train a row's epoch; return (run, mean loss, number of recompilations, seconds until it began)."""
     began, losses = time.monotonic(), []
     run, epoch, _ = ours.begin(subject, row)
     seconds, see, graphs = time.monotonic() - began, run.watch.see, counters["stats"]["unique_graphs"]
@@ -95,7 +96,7 @@ def allow_waiting(device: torch.device, allowed: bool) -> None:
 
 
 def evaluates_exactly(subject: ours.Subject) -> str:
-    """Logits and gradients of evaluation: the same twice, and as near to float64 as those of a CPU."""
+    """Check that evaluation's logits and gradients repeat, and are as near to float64 as on a CPU."""
     images, far = data.to_float(subject.dataset.test.images[:16]), {}
 
     def computed(device, dtype):
@@ -117,12 +118,12 @@ def evaluates_exactly(subject: ours.Subject) -> str:
 
 
 def speeds(subject: ours.Subject) -> str:
-    """The table of `throughput.py` for some rows."""
+    """Return the table of `throughput.py` for ROWS."""
     return throughput.comparison_table(subject.config, [throughput.compare(subject, row) for row in ROWS])
 
 
 def orders(subject: ours.Subject) -> str:
-    """Images per second of evaluation in both memory orders: whether the rule for them is right here."""
+    """Measure evaluation in both memory orders: is the rule of `memory_format` right on this GPU?"""
     works, images = {}, len(subject.split("pgd"))
     for name in ("contiguous_format", "channels_last"):
         with contextlib.ExitStack() as patches:
@@ -140,7 +141,7 @@ def orders(subject: ours.Subject) -> str:
 
 
 def part(title: str, work: Callable[[], str]) -> bool:
-    """Say a part of the page; return whether all is well. What fails is told, and the rest goes on."""
+    """Print a part of the page; return whether its checks passed. A failure is printed, too."""
     try:
         text, well = work(), True
     except Exception as error:

@@ -17,15 +17,16 @@ SAVE_EVERY = 60.0  # seconds between saves of what is done
 
 
 class Watch(attacks.ZeroGradients):
-    """A trace that also keeps, of each image, the first point at which the attacked network was wrong.
+    """A trace that also keeps, for each image, the first point at which the attacked network was wrong.
 
-    fooled: which images have one, (N,) bool. points: these points. Both None before the first forward pass.
+    fooled: which images have such a point, (N,) bool. points: N x C x H x W. Both are None before the first
+    forward pass.
     """
 
     fooled = points = None
 
     def watching(self, network, labels):
-        """`network`, watched at each batch that it is asked about."""
+        """Return `network` as a function that also notes where each forward pass is wrong."""
 
         def model_fn(images):
             outputs = network(images)
@@ -40,7 +41,10 @@ class Watch(attacks.ZeroGradients):
         return model_fn
 
     def lost(self, target, labels, right):
-        """Which images, (N,) bool, are `right` in the end, and wrong on the way by the target's own model."""
+        """Return which images, (N,) bool, are `right` in the end but were wrong on the way.
+
+        The target's own model decides on the points that are kept.
+        """
         if self.fooled is None:
             return torch.zeros_like(right)
         lost = self.fooled & right
@@ -50,9 +54,9 @@ class Watch(attacks.ZeroGradients):
 
 
 def eight_bit(attacked, images, epsilon):
-    """`attacked` as a PNG holds it: each pixel the nearest multiple of 1/255 within `epsilon` of `images`.
+    """Return `attacked` as a PNG holds it: each pixel is a multiple of 1/255 within `epsilon` of `images`.
 
-    Where there is none within epsilon, it is the nearest one of all.
+    It is the nearest such multiple or, where there is none within epsilon, the nearest of all.
     """
     levels, exact = (255 * attacked.double()).round(), images.double()
     slack = 1e-4  # of a level: float32 has no multiples of 1/255
@@ -62,7 +66,7 @@ def eight_bit(attacked, images, epsilon):
 
 
 def generator_at(seed, start):
-    """The generator for the images from number `start` on: what one gets does not depend on the blocks."""
+    """Return the generator for the images from `start` on: no image's numbers depend on the blocks."""
     generator = utils.generator(seed, "evaluation")
     torch.randint(2**32, (start,), generator=generator)  # an attack takes one number for each image
     return generator
@@ -101,7 +105,7 @@ def check_result(attacked, images, epsilon, bounded=True):
 def check_scores(logits, labels, path):
     """Raise CheckpointError unless a network's scores of clean images, and their margins, are finite.
 
-    Of such a network nothing can be measured: NaN counts as wrong, so that it would seem a bad network.
+    NaN counts as wrong, so without this check the network would only seem to be a bad one.
     """
     if not (logits.isfinite().all() and attacks.margin(logits, labels).isfinite().all()):
         raise utils.CheckpointError(
@@ -111,11 +115,11 @@ def check_scores(logits, labels, path):
 
 
 def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None, round_too=False):
-    """Try `trial` on `split` block by block from where `outcome` stands; yield after each, it extended.
+    """Try `trial` on `split`, block by block; extend `outcome` from where it stands, and yield it each time.
 
-    Several ranks take a block each at a time. With `keep_in`, a folder, each block's images are kept there.
-    With `round_too`, or where they are kept, they are judged once more as a PNG holds them. Raises ValueError
-    as `attack_block` does, and CheckpointError as `check_scores` does.
+    Each rank takes a block at a time. `keep_in`: a folder for each block's images. With `round_too`, and for
+    images that are kept, the network also judges them as a PNG holds them. Raises ValueError as
+    `attack_block` does, and CheckpointError as `check_scores` does.
     """
     split = trial.of(split)
     if keep_in is not None and not len(outcome):
@@ -148,10 +152,10 @@ def measure(target, split, trial, outcome, *, batch_size, seed, keep_in=None, ro
 
 
 def _keep_block(folder, index, target, radius, block):
-    """Write a block's images, float32 in [0, 1], and what the target says of them to FOLDER/INDEX.pt.
+    """Write a block's images, float32 in [0, 1], and the target's predictions to FOLDER/INDEX.pt.
 
-    INDEX, of five digits, is the number of the first image. `predicted_8bit` is of the adversarial images as
-    a PNG holds them.
+    INDEX, five digits, is the number of the first image. `predicted_8bit` holds the predictions for the
+    adversarial images as a PNG holds them.
     """
     path = Path(folder) / f"{index:05d}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def curves(rows, path):
 
 
 def _styles(networks, attacks):
-    """How the line of each (network, attack) is drawn: the later, the thinner, the last attack darkest."""
+    """Return the style of each (network, attack): later lines are thinner, and the last attack is opaque."""
     count, styles = len(networks) * len(attacks), {}
     for i, network in enumerate(networks):
         for k, attack in enumerate(attacks):
@@ -100,9 +100,9 @@ def _legend(figure, lines, styles):
 def sheet(folder, classes, title, epsilon):
     """Draw the first images kept in `folder` into FOLDER.png: the original, the adversarial, the difference.
 
-    Under each stands its class, true or predicted; under an original both, where they differ. Adversarial
-    images are drawn, and predicted, as a PNG holds them: one that is adversarial in floating point alone is
-    said to be.
+    The text under an image is its class, true or predicted; under an original it is both where they differ.
+    Adversarial images are drawn and classified as a PNG holds them. One that fools the network only before
+    rounding is marked "not as PNG".
     """
     folder = Path(folder)
     block = torch.load(min(folder.glob("*.pt")), map_location="cpu", weights_only=True)

@@ -56,7 +56,7 @@ class Target:
 
     @property
     def has_pull(self):
-        """Whether there are prototypes that features were pulled to."""
+        """Whether the network has prototypes to which its features were pulled."""
         return self.prototypes is not None and bool(self.prototypes.proximity)
 
     def logits(self, images):
@@ -67,7 +67,7 @@ class Target:
 def load_target(path, device, classes, predict="softmax"):
     """Read a checkpoint; depth and class count are its own. Raises CheckpointError.
 
-    `predict`: by the largest logit, `softmax`, or by the nearest `prototype`.
+    predict: "softmax", by the largest logit, or "prototype", by the nearest prototype.
     """
     read, model, prototypes = _load(path, device)
     state = read.state

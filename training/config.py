@@ -51,7 +51,7 @@ class RunConfig:
     sync_batchnorm: bool = True  # of several ranks: batch norm over all their images; slower
 
     def follows(self, given):
-        """The settings that follow from the values `given` on the command line. Raises UsageError."""
+        """Return the defaults that follow from the values `given` on the command line. Raises UsageError."""
         kind = data.SETS[self.dataset]
         model = given.get("model", kind.settings.get("model", self.model))
         for name in sorted(models.lacks(model) & given.keys()):
@@ -62,7 +62,7 @@ class RunConfig:
         return {name: value for name, value in found.items() if hasattr(self, name)}
 
     def preset_values(self, model=None):
-        """What the preset says of the settings."""
+        """Return the settings that the preset sets for `model`, or else for this config's network."""
         if self.preset == "released":
             return {}
         grey = self.paper.get("grey", {}) if data.SETS[self.dataset].settings else {}
@@ -71,7 +71,7 @@ class RunConfig:
 
     @property
     def preset_words(self):
-        """The preset and what it sets, for the log; none for the released one."""
+        """The lines for the log on the preset and what it sets; none for the released one."""
         words, values = {True: [], False: []}, self.preset_values()
         for name, value in values.items():
             here = getattr(self, name)
@@ -82,7 +82,7 @@ class RunConfig:
 
     @property
     def resumes(self):
-        """Whether there is a run to go on with, which has weights and prototypes of its own."""
+        """Whether this run goes on from a checkpoint, which has weights and prototypes of its own."""
         asked = self.resume or distributed.restarted(self.save_to)
         return asked and checkpoints.exists(self.save_to)
 
@@ -99,7 +99,7 @@ class RunConfig:
         return self.log_path.with_suffix(".png")
 
     def of_seed(self, seed):
-        """The settings of one of `seeds`, whose number is in the names of its files."""
+        """Return the settings for one of `seeds`, with the seed in the names of its files."""
         changes = {"seed": seed, "seeds": (), "seeds_per_rank": False}
         for name in ("save_to", "log_to"):
             if path := getattr(self, name):

@@ -75,9 +75,10 @@ def train_epoch(run, forward, attack, stop):
 
 
 def make_steps(run, adversary, stop):
-    """Return (forward, attack), compiled where that is asked for and works; no adversary, no attack.
+    """Return (forward, attack), compiled if asked for and possible; without an adversary, attack is None.
 
-    Several ranks compile nothing; each takes its part of a batch, and what forward returns is of the whole.
+    With several ranks nothing is compiled. Each rank takes its part of a batch, and forward returns the terms
+    of the whole batch.
     """
 
     if distributed.world > 1:
