@@ -13,7 +13,7 @@ MEANS_BATCH = 1000  # images at a time when class means are taken
 
 
 def output(outputs, name):
-    """The output of a network that is called `name`: an entry of a dict, or a field."""
+    """Return the network's output that is called `name`: an entry of a dict, or a field."""
     return outputs[name] if isinstance(outputs, dict) else getattr(outputs, name)
 
 
@@ -86,11 +86,11 @@ class PrototypeConformityLoss(nn.Module):
         return -term.distances(output(outputs, layer).float())
 
     def approach(self, outputs, labels):
-        """How far the features are beyond the border to each other class's prototype, N x num_classes.
+        """Return how far the features are past the border to each other class's prototype, N x num_classes.
 
-        Half-way between two prototypes is the border. The distance from it, below 0 on the own side, is
-        (||f - w_own||^2 - ||f - w_j||^2) / (2 ||w_own - w_j||); it is given in halves of the mean distance
-        between prototypes, summed over the pulled layers, and -inf for the own class. Needs a pull.
+        The border lies half-way between two prototypes. The signed distance from it, below 0 on the own side,
+        is (||f - w_own||^2 - ||f - w_j||^2) / (2 ||w_own - w_j||). Its unit is half the mean distance between
+        prototypes. It is summed over the pulled layers, and -inf for the own class. Needs a pull.
         """
         total = 0.0
         for layer, term in self.proximity.items():

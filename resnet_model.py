@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 CHANNEL_MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images
 CHANNEL_STD = (0.2023, 0.1994, 0.2010)
-UNTOLD = {"mean": CHANNEL_MEAN, "std": CHANNEL_STD}  # arguments that no weight tells, and what they were once
-SETTINGS = {}  # what the scripts do otherwise with this network
+UNTOLD = {
+    "mean": CHANNEL_MEAN,
+    "std": CHANNEL_STD,
+}  # arguments that weights do not show, with CIFAR-10's values
+SETTINGS = {}  # the scripts' defaults with this network
 BOTTLENECK_FROM = 44  # the depth from which blocks are bottlenecks, as in the released code
 
 
@@ -155,7 +158,7 @@ def resnet(num_classes=10, depth=110, aux_dim=0, fc_dim=1024, mean=CHANNEL_MEAN,
     aux_dim: width of the paper's auxiliary branch on the second stage (Table 1: GAP, then FC(512)); 0: none.
         The branch adds the parameters `aux.weight` and `aux.bias`, and its output is the feature `layer2`.
     fc_dim: width of the penultimate layer, the feature `fc`: 1024 in the paper, 2 in its Figure 1.
-    mean, std: of each channel, 1 or more, with which images are normalised.
+    mean, std: one number a channel, with which images are normalised.
     Raises ValueError for any other argument.
     """
     if type(depth) is not int or depth < 8 or depth % 6 != 2:
@@ -173,7 +176,7 @@ make = resnet
 
 
 def checked_normalisation(mean, std):
-    """`mean` and `std` as tuples; ValueError unless they are numbers, one of each a channel."""
+    """Return `mean` and `std` as tuples; ValueError unless each has one number in range for each channel."""
     for name, values, least in (("mean", mean, 0), ("std", std, 1e-3)):
         known = isinstance(values, tuple | list) and all(type(value) in (int, float) for value in values)
         if not known or not 1 <= len(values) <= 16 or not all(least <= value <= 1 for value in values):
@@ -200,10 +203,11 @@ def clean_state_dict(state_dict):
 
 
 def network_of(state_dict, **untold):
-    """The arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim, fc_dim.
+    """Return the arguments of the `resnet` that `state_dict` fits: depth, num_classes, aux_dim, fc_dim.
 
-    `untold`: those of UNTOLD. All keys and shapes must fit, but wrappers' prefixes are ignored, and the batch
-    counters, which early versions of PyTorch did not save, may be missing. Raises ValueError when none fits.
+    untold: the arguments of UNTOLD. All keys and shapes must fit, but wrappers' prefixes are ignored, and the
+    batch counters, which early versions of PyTorch did not save, may be missing. Raises ValueError when no
+    network fits.
     """
     shapes = {key: tuple(getattr(value, "shape", ())) for key, value in clean_state_dict(state_dict).items()}
     blocks = len({key.split(".")[1] for key in shapes if key.startswith("layer1.")})

@@ -98,18 +98,18 @@ def pgd(
 def nearest_prototype(
     model_fn, images, labels, epsilon, *, loss, num_targets=3, generator=None, **options
 ):  # fmt: skip
-    """PGD to the prototypes of other classes, from the nearest on: each image's worst of `num_targets` tries.
+    """PGD towards the prototypes of the `num_targets` nearest other classes; keeps each image's worst result.
 
-    loss: maps outputs and labels to N x num_classes, how far the features have come to each class; each try
-    raises one column of it. Misclassified is worse than correct, then counts the logit margin. options: those
-    of `pgd`; all tries have the same random starts.
+    loss: maps outputs and labels to N x num_classes: how near the features are to each class's prototype. A
+    try for a class raises that column. Misclassified is worse than correct; among equals the larger `margin`
+    is worse. options: those of `pgd`. All tries have the same random starts.
     """
     check_input(images, labels)
     if epsilon == 0:
         return images.detach().clone()
     with torch.no_grad():
         come = loss(model_fn(images), labels)
-        targets = come.topk(min(num_targets, come.shape[1] - 1)).indices  # one's own class comes last
+        targets = come.topk(min(num_targets, come.shape[1] - 1)).indices  # the own class comes last
     state, found = generator and generator.get_state(), []
     for target in targets.T[:, :, None]:
         if state is not None:

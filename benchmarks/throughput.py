@@ -138,9 +138,9 @@ def share(config: Config, device: torch.device) -> tuple[dict, str, str]:
 
 
 def be_a_rank(rank: int, count: int, port: int, config: Config, answer: Path) -> None:
-    """Train epochs of stage 2 as a rank that torchrun begins; the first one writes what it measured.
+    """Train epochs of stage 2 as a rank that torchrun starts; the first rank writes what it measured.
 
-    Of what is reduced, the batch norms' part is counted on a CPU alone: torch's own has its way on a GPU.
+    Batch norms' share of the bytes reduced is counted on a CPU alone: on a GPU torch reduces it itself.
     """
     given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
