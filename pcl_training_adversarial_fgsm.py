@@ -26,8 +26,6 @@ import torch
 
 import attacks
 import cli
-import data
-import distributed
 import models
 import training
 import utils
@@ -91,10 +89,7 @@ def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
-    with distributed.one_first():  # which may download
-        dataset = data.load(
-            config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
-        )
+    dataset = training.load(config, device)
     model = models.for_data(config, dataset).to(device)
     training.start_from(model, config, dataset)
     criterion = PrototypeConformityLoss(

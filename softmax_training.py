@@ -22,8 +22,6 @@ from typing import ClassVar
 import torch
 
 import cli
-import data
-import distributed
 import models
 import training
 import utils
@@ -64,10 +62,7 @@ def main(config: Config) -> None:
     training.claim(config)
     device = utils.select_device(config.device)
     torch.manual_seed(config.seed)
-    with distributed.one_first():  # which may download
-        dataset = data.load(
-            config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
-        )
+    dataset = training.load(config, device)
     model = models.for_data(config, dataset).to(device)
     criterion = PrototypeConformityLoss(len(dataset.classes), {})  # no feature: cross-entropy alone
     network = {"params": model.parameters(), "momentum": config.momentum, "weight_decay": config.weight_decay}

@@ -4,7 +4,7 @@
 
 from .config import RunConfig
 from .files import claim
-from .loop import accuracy, fit, make_attack, make_forward, make_steps, train_epoch
+from .loop import accuracy, fit, make_forward, make_steps, train_epoch
 from .run import Run
 from .seeds import each_seed
-from .start import start_from
+from .start import load, start_from

@@ -1,17 +1,27 @@
-"""Where stage 2 begins: with the weights of stage 1."""
+"""Where a run begins: with its data and, in stage 2, with the weights of stage 1."""
 
 import checkpoints
+import data
+import distributed
 import models
 import utils
 
 from .loop import accuracy
 
 
+def load(config, device):
+    """Read a run's data set onto `device`; one rank of each machine goes first. Raises DataError."""
+    with distributed.one_first():  # which may download
+        return data.load(
+            config.dataset, config.data_dir, limit=config.limit, holdout=config.holdout, device=device
+        )
+
+
 def start_from(model, config, dataset):
     """Begin stage 2 with the weights of `config.init_from`; a run that is resumed has its own already.
 
-    Raises CheckpointError when depth, class count, class names or held-out images differ. An auxiliary branch
-    that stage 1 did not have keeps its fresh weights.
+    Raises CheckpointError if network, class names or held-out images differ. An auxiliary branch that stage 1
+    did not have keeps its fresh weights.
     """
     if config.resumes:
         return
