@@ -2,9 +2,10 @@
 
     python -m benchmarks.ablation --grid layers --dataset mnist --stage1 "--epochs 10" --stage2 "--epochs 10"
 
-For each seed stage 1 is trained once, and from it, under each setting, the recipe, which is then attacked. It
-prints a row a setting, with mean and spread over seeds, and writes it as Markdown and JSON to FOLDER; each
-run has files of its own there. Stopped anywhere, the same command goes on. No test image is read.
+For each seed stage 1 is trained once. From it the recipe is trained under each setting and then attacked. A
+table has a row for each setting, with mean and spread over the seeds. It is printed, and written as Markdown
+and JSON to FOLDER, where each run has its own files. If it is stopped, the same command goes on. No test
+image is read.
 """
 
 import importlib
@@ -22,11 +23,11 @@ import robustness
 import softmax_training
 import utils
 from cli import Count, Seed
+from evaluation.settings import Attacks
 
 LAYERS = {"fc": "fc", "layer3": "layer3", "layer3 + fc": "layer3 fc", "all three": "layer2 layer3 fc"}
 WEIGHTS = (1.0, 0.1, 0.01, 0.001)  # of the whole loss: both terms are multiplied
 AUX_DIM = 512  # of the ResNet's branch on layer2, as in the paper; CNN-6 needs none
-Attacks = tuple[Literal[tuple(evaluation.ATTACKS)], ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Config:
 
 
 def settings(config: Config) -> dict[str, list[str]]:
-    """The rows of the grid: what each is called, and its options of the recipe."""
+    """Return the rows of the grid: from a name to the recipe's options."""
     base = recipe_config(config)
     if config.grid == "weight":
         names = ("weight_prox", "weight_conprox")
@@ -72,25 +73,25 @@ def settings(config: Config) -> dict[str, list[str]]:
 
 
 def recipe_config(config: Config):
-    """The settings of the recipe before the grid changes any."""
+    """Return the recipe's settings before the grid changes any."""
     script = importlib.import_module(config.recipe)
     return cli.parse_config(script.Config, [*shared(config), *shlex.split(config.stage2 or "")])
 
 
 def shared(config: Config) -> list[str]:
-    """The options that training and evaluation have in common."""
+    """Return the options that training and evaluation have in common."""
     options = {"dataset": config.dataset, "data-dir": config.data_dir, "limit": config.limit}
     options |= {"holdout": config.holdout, "device": config.device}
     return [f"--{name}={value}" for name, value in options.items()]
 
 
 def run(script, *options) -> None:
-    """Run a script in this process, or let it go on, or find that it is finished."""
+    """Run a script in this process; it resumes what was stopped, and does nothing if it is finished."""
     script.main(cli.parse_config(script.Config, [*map(str, options), "--resume"]))
 
 
 def measure(config: Config, name: str, options: list[str], seed: int) -> dict[str, float]:
-    """Accuracies without and under each attack, after the recipe with `options` and a seed."""
+    """Train the recipe with `options` and a seed; return the accuracy in percent, clean and per attack."""
     folder, stem = Path(config.folder), f"{config.grid}-{name.replace(' ', '')}-seed{seed}"
     first, second, results = (
         folder / file for file in (f"softmax-seed{seed}.pth.tar", f"{stem}.pth.tar", f"{stem}.json")
@@ -106,7 +107,7 @@ def measure(config: Config, name: str, options: list[str], seed: int) -> dict[st
 
 
 def table(config: Config, rows: dict[str, list[dict[str, float]]]) -> str:
-    """The rows in Markdown: mean over the seeds, and half the range where there are several."""
+    """Return the rows in Markdown: the mean over the seeds and, of several, half their range."""
     names = dict.fromkeys(name for found in rows.values() for name in found[0])
     titles = [evaluation.ATTACKS[n].title if n in evaluation.ATTACKS else "No attack" for n in names]
     lines = [["Setting", *titles]]

@@ -10,7 +10,7 @@ whether it is the network that withstands the attacks, and `report` writes table
 
 # ruff: noqa: F401  # the imported names are the package's own
 
-from .exact import exact_float32, memory_format
+from .exact import exact_float32
 from .library import Evaluation, assemble, evaluate
 from .measure import attack_block, check_result, check_scores, measure, measure_all
 from .outcome import COLUMNS, Outcome

@@ -2,8 +2,9 @@
 
     python -m evaluation.claims
 
-A claim is one published number: its `source`, `network` and `measure`; the `command` that measures it here;
-what that found (`ours`, and a `stronger` attack on the same network); the `verdict`, and `why`.
+A claim is one published number. It has a `source`, a `network` and a `measure`; the `command` that measures
+it here; what that found, `ours`, and what a `stronger` attack on the same network found; the `verdict`, and
+`why`.
 """
 
 import itertools
@@ -15,7 +16,7 @@ HEAD = ("Source", "Network", "Published", "Ours (95 % interval)", "Verdict")
 
 
 def table(claims):
-    """The claims as a table in Markdown; neighbours of one network with one verdict share a row."""
+    """Return the claims as a Markdown table; neighbours of one network with one verdict share a row."""
     rows = [HEAD, ["---"] * len(HEAD)]
     same = ("source", "network", "verdict", "why")
     for (source, network, verdict, why), group in itertools.groupby(

@@ -29,16 +29,16 @@ from typing import NamedTuple
 
 import cli
 import utils
+from evaluation.outcome import Z
 from evaluation.seeds import NOT_COMPARED
 
-Z = 1.959964  # of a 95 % interval
-Z_POWER = 0.841621  # a difference that is found in 80 of 100 cases
-FEWEST = 6  # images that must differ, all in one direction, for an exact p-value below 0.05
-LEAST_P = 1e-4  # what lies below is not told apart
+Z_POWER = 0.841621  # for a power of 80 %
+FEWEST = 6  # so many images, all in one direction, give an exact p-value below 0.05
+LEAST_P = 1e-4  # a smaller one is shown as below this
 
 
 class Difference(NamedTuple):
-    """Second less first, its 95 % interval, and the smallest to be found: all in percentage points."""
+    """Second less first in percentage points: 95 % interval, p-value, smallest to be found."""
 
     difference: float
     low: float
@@ -48,7 +48,7 @@ class Difference(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A network: what it is called, what it was made by but for its seed, and what each attack left of it."""
+    """A network: its name, what it was made by except the seed, and its results under each attack."""
 
     label: str
     made_by: str
@@ -61,11 +61,11 @@ class Row(NamedTuple):
 
 
 def paired(first, second):
-    """The Difference of two outcomes on the same images, each a text of 0 and 1.
+    """Return the Difference of two outcomes on the same images; each is a text of 0 and 1, one an image.
 
-    Only the images matter that one of them has right and the other wrong. The interval is that of Bonett &
-    Price (2012): Wald's, with one such image more on either side. The smallest difference is the one that
-    is found in 80 of 100 cases, where as many images differ as here.
+    Only images count on which the two differ. The interval is that of Bonett & Price (2012): Wald's, after
+    one more such image on either side. The smallest difference is found with a power of 80 %, if as many
+    images differ as here.
     """
     images, cells = len(first), Counter(zip(first, second, strict=True))
     lost, won = cells["1", "0"], cells["0", "1"]
@@ -78,7 +78,7 @@ def paired(first, second):
 
 
 def mcnemar(lost, won):
-    """The exact two-sided p-value of McNemar: how likely so uneven a split is among fair coins."""
+    """Return McNemar's exact two-sided p-value: how likely fair coins split so unevenly."""
     flips, term, total = lost + won, 1, 0
     for heads in range(min(lost, won) + 1):
         total += term  # the binomial coefficient, in whole numbers
@@ -90,7 +90,7 @@ def mcnemar(lost, won):
 
 
 def read(path):
-    """(what identifies the images, the rows) of a results file; DataError for any other file."""
+    """Return (what identifies the images, the rows) of a results file; DataError for any other file."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         predict = report["settings"]["predict"]
@@ -120,12 +120,12 @@ def _row(entry, predict):
 
 
 def _called(entry):
-    """A row's label, and the name of its file, since many networks have the same label."""
+    """Return a row's label with the name of its file, since many networks have the same label."""
     return f"{entry['label']} ({Path(entry['path']).name.removesuffix('.tar').removesuffix('.pth')})"
 
 
 def groups(rows):
-    """The rows, those that differ in the seed alone together: a list of lists."""
+    """Return the rows as a list of lists: rows that differ in the seed alone are together."""
     found = {}
     for row in rows:
         # One that has a seed for the second time differs in something else, such as what it started from.
@@ -141,7 +141,7 @@ def groups(rows):
 
 
 def tables(first, second=None):
-    """Yield heading and table of every comparison: within the rows `first`, or between both lists of rows."""
+    """Yield (heading, table) of each comparison: within the rows `first`, or of `first` with `second`."""
     if second is None:
         every = groups(first)
         pairs = list(itertools.combinations(every, 2))
@@ -157,7 +157,7 @@ def tables(first, second=None):
 
 
 def seeds(group):
-    """Heading and table of rows that differ in the seed alone."""
+    """Return (heading, table) of rows that differ in the seed alone."""
     rows = [["Attack", *(f"seed {row.seed}" for row in group), "mean", "deviation"]]
     for key, (title, *_) in group[0].attacks.items():
         values = accuracies(group, key)
@@ -167,7 +167,7 @@ def seeds(group):
 
 
 def compared(one, other):
-    """Heading and table of two networks, or of two groups of them, on the attacks with the same settings."""
+    """Return (heading, table) of two groups of networks, on the attacks that have the same settings."""
     images = len(next(iter(one[0].attacks.values()))[-1])
     heading = f"{name(other)} less {name(one)}, {images:,} images"
     shared = [key for key in one[0].attacks if key in other[0].attacks]
@@ -202,7 +202,7 @@ def _several(one, other, key):
 
 
 def accuracies(group, key):
-    """In percent, one for each row of a group."""
+    """Return the accuracy in percent of each row of a group."""
     return [100 * row.attacks[key][-1].count("1") / len(row.attacks[key][-1]) for row in group]
 
 

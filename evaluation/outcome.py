@@ -24,6 +24,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 # Where float32 ends: past the first margin the cross-entropy's gradient with respect to the true logit is
 # exactly 0, past the second all of it is.
 SATURATED_MARGIN, VANISHED_MARGIN = 17.0, 104.0
+Z = 1.959964  # standard deviations to the ends of a 95 % interval of the normal distribution
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class Outcome:
     high: float = 0.0
     seconds: float = 0.0
     gradients: bool = False  # the attack showed its gradients
-    changed: int = 0  # predictions of the clean images that a second pass made otherwise
+    changed: int = 0  # predictions of clean images that differ in a second pass
     probabilities: bool = False  # the scores of the clean images are probabilities
 
     def __getattr__(self, name):
@@ -62,7 +63,7 @@ class Outcome:
         return self.zero_always & self.correct
 
     def fooled(self, epsilon):
-        """Which images, (N,) bool, are misclassified within `epsilon` of the original, or were on the way."""
+        """Return which images, (N,) bool, the attack fooled within `epsilon`, in the end or on its way."""
         return (~self.correct & (self.linf <= epsilon)) | self.lost
 
     def add(self, block):
@@ -76,7 +77,7 @@ class Outcome:
         self.gradients = self.gradients or block.gradients
 
     def see_clean(self, logits, again):
-        """Note what two passes say of a block of clean images, before `extend`."""
+        """Compare two passes on a block of clean images, N x num_classes each; called before `extend`."""
         self.changed = int((logits.argmax(1) != again.argmax(1)).sum())
         self.probabilities = are_probabilities(logits)
 
@@ -115,11 +116,11 @@ def percent(mask):
     return round(100 * mask.double().mean().item(), 4) if len(mask) else None
 
 
-def wilson(correct, images, z=1.959964):
+def wilson(correct, images):
     """The Wilson 95 % interval of an accuracy, in percent (Wilson 1927)."""
-    share, unit = correct / images, z * z / images
+    share, unit = correct / images, Z * Z / images
     middle = (share + unit / 2) / (1 + unit)
-    half = z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
+    half = Z * math.sqrt(share * (1 - share) / images + unit / (4 * images)) / (1 + unit)
     # The ends themselves where rounding would miss them.
     return 100 * (middle - half) if correct else 0.0, 100 * (middle + half) if correct < images else 100.0
 
