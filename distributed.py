@@ -167,7 +167,7 @@ def own_device(name, fault):
 
 
 def _mark(path):
-    """Return the file that stands for `path` in torchrun's folder, which outlives restarts; None without."""
+    """Return a file for `path` in torchrun's folder, which outlives restarts; None without torchrun."""
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE")
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
     return Path(errors).parents[2] / name if errors else None
