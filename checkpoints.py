@@ -57,7 +57,9 @@ EXPORTED = (
     *("epoch", "finished", "history"),
     *("state_dict", "criterion", "versions"),
 )
-NOT_EXPORTED_SETTINGS = ("data_dir", "init_from", "save_to", "log_to", "resume", "overwrite", "device")
+NOT_EXPORTED_SETTINGS = (
+    *("data_dir", "init_from", "save_to", "log_to", "tensorboard", "resume", "overwrite", "device"),
+)
 
 
 # ---------------------------------------------------------------- writing

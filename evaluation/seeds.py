@@ -10,6 +10,7 @@ NOTE = "±: standard deviation over the seeds; the rows of each seed are in the 
 NOT_COMPARED = {
     *("seed", "seeds", "seeds_per_rank", "sync_batchnorm", "data_dir", "init_from", "save_to", "log_to"),
     *("resume", "overwrite", "eval_every", "save_every_minutes", "max_minutes", "compile", "device"),
+    "tensorboard",
 }
 
 

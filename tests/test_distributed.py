@@ -74,6 +74,16 @@ def test_ranks_follow_one_trajectory(module, stage1, tmp_path):
         assert other["versions"] == one["versions"] and other["config"].keys() == one["config"].keys()
 
 
+def test_a_network_without_batch_norm(tmp_path):
+    given = [option for option in SHORT if option not in ("--depth", 8)]
+    for ranks in (1, 3):
+        options = (*given, "--model", "cnn6", "--limit", 14, "--batch-size", 6)
+        path = tmp_path / f"{ranks}.pth.tar"
+        ends = run_ranks(ranks, softmax_training, *options, "--save-to", path, float64=True)
+        assert [end[0] for end in ends] == [0] * ranks, ends
+    assert apart(*(torch.load(tmp_path / f"{n}.pth.tar", weights_only=True) for n in (1, 3))) < 1e-10
+
+
 @pytest.mark.parametrize("limit", [13, 14, 15])
 def test_small_last_batches(limit, stage1, tmp_path):
     """One image joins the batch before it; two and three are a batch of their own."""

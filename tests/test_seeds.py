@@ -125,3 +125,8 @@ def test_an_evaluation_shows_seeds_as_one_row(alone, tmp_path):
     given += ["--overwrite", "--results", tmp_path / "results.json"]
     _, out, _ = run(robustness, *given, "--checkpoints", *paths, again)
     assert sum(line.startswith("| Softmax") for line in out.splitlines()) == 3 and "±" not in out
+
+
+def test_each_seed_has_its_own_events():
+    one, other = (softmax_training.Config(tensorboard="events").of_seed(seed) for seed in (3, 5))
+    assert (one.tensorboard, other.tensorboard) == ("events/seed3", "events/seed5")

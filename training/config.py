@@ -104,6 +104,8 @@ class RunConfig:
         for name in ("save_to", "log_to"):
             if path := getattr(self, name):
                 changes[name] = re.sub(r"((\.pth)?\.\w+)?$", rf"_seed{seed}\1", path, count=1)
+        if self.tensorboard:
+            changes["tensorboard"] = f"{self.tensorboard}/seed{seed}"
         if hasattr(self, "init_from"):
             changes["init_from"] = self.init_from.replace("{seed}", str(seed))
         return replace(self, **changes)

@@ -110,7 +110,8 @@ def parallel(forward, run):
         module = DistributedDataParallel(
             Part(forward, run),
             broadcast_buffers=not config.sync_batchnorm,
-            find_unused_parameters=run.model.aux_dim > 0,  # no loss may supervise the branch
+            # Perhaps no loss supervises the branch.
+            find_unused_parameters=run.model.arguments.get("aux_dim", 0) > 0,
         )
 
     def of_part(images, labels):
