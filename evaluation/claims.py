@@ -7,9 +7,13 @@ it here; what that found, `ours`, and what a `stronger` attack on the same netwo
 `why`.
 """
 
+import argparse
 import itertools
 import json
 from pathlib import Path
+
+import cli
+import utils
 
 LEDGER = Path(__file__).resolve().parent.parent / "results" / "claims.json"
 HEAD = ("Source", "Network", "Published", "Ours (95 % interval)", "Verdict")
@@ -38,8 +42,9 @@ def _found(claim):
 
 
 def main(argv=()):
-    print(table(json.loads(LEDGER.read_text(encoding="utf-8"))["claims"]))
+    cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    utils.say(table(json.loads(LEDGER.read_text(encoding="utf-8"))["claims"]))
 
 
 if __name__ == "__main__":
-    main()
+    cli.leave_with_status(main)
