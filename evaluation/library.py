@@ -51,15 +51,19 @@ def evaluate(
     model: maps images to logits, N x num_classes, or to a tuple with a field `logits`. It is attacked in eval
         mode on its own device. Its weights do not change, and the mode of each module is restored.
     images: float in [0, 1], N x C x H x W; the model normalises them itself. labels: whole, (N,).
-    attacks: names of ATTACKS. classes: names, one for each logit.
+    attacks: names of ATTACKS, or one. classes: names, one for each logit.
     criterion: the PrototypeConformityLoss that the model was trained with, for the attacks on it.
     settings: fields of `Settings`, such as num_steps=50, random_start=True, sanity=True or seed=1.
     Raises UsageError for settings or a network that cannot be used, DataError for such images or labels.
     """
-    config = Settings(attacks=tuple(attacks), epsilon=epsilon, **settings)
+    attacks = (attacks,) if isinstance(attacks, str) else tuple(attacks)
+    config = Settings(attacks=attacks, epsilon=epsilon, **settings)
     cli.validate(config)
     if not isinstance(model, torch.nn.Module):
         raise utils.UsageError(f"model is a {type(model).__name__}; it must be an nn.Module")
+    for name, value in {"images": images, "labels": labels}.items():
+        if not isinstance(value, Tensor):
+            raise utils.DataError(f"{name} are a {type(value).__name__}; give torch.as_tensor({name})")
     with utils.evaluating(model):
         device = next((t.device for t in (*model.parameters(), *model.buffers())), images.device)
         images, labels = _checked(images.detach().to(device), labels.to(device))
