@@ -96,7 +96,8 @@ def load(dataset, data_dir, *, limit=None, holdout=0, seed=0, device="cpu", spli
         raise unusable(data_dir, "begins with a user who has no home here; change --data-dir") from cause
     classes, found = SETS[dataset].read(root, ("train",) if holdout else splits, seed)
     if limit is not None:
-        _check_count("limit", limit, max(len(labels) for labels, _ in found.values()), "images can be kept")
+        most = max(len(labels) for labels, _ in found.values())
+        _check_count("limit", limit, most, "images can be kept; --limit none keeps all")
     for split in splits:
         labels, read = found["train" if holdout else split]
         kept = np.arange(len(labels))

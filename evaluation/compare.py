@@ -207,7 +207,7 @@ def accuracies(group, key):
 
 
 def name(group):
-    return group[0].label + (f" and {len(group) - 1} seeds more" if len(group) > 1 else "")
+    return group[0].label if len(group) == 1 else f"{group[0].label[:-1]}, ...), {len(group)} seeds"
 
 
 def main(argv):
@@ -229,7 +229,8 @@ def main(argv):
 
 
 def _words(images):
-    return ", ".join(f"{key} {value}" for key, value in images.items())
+    number, *sums = images["test"]
+    return f"{number:,} of {images['name']}, checksum {str(sums[0])[:8]}"
 
 
 if __name__ == "__main__":
