@@ -8,7 +8,9 @@ import soak
 from commands import run
 from PIL import Image
 
+import robustness
 import softmax_training
+from evaluation import compare
 from training import curves
 
 
@@ -27,6 +29,21 @@ def test_ten_epochs_make_a_picture_and_events(tmp_path):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in found] == [epoch for epoch, _ in wanted]
         assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-5)
+
+
+def test_each_seed_has_events_of_its_own_and_is_still_a_run_of_the_same_row(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    words = soak.tiny(tmp_path / "run.pth", limit=20, epochs=1)
+    code, _, error = run(softmax_training, *words, "--seeds", 3, 5, "--tensorboard", tmp_path / "events")
+    assert code == 0, error
+    assert {path.name for path in (tmp_path / "events").iterdir()} == {"seed3", "seed5"}
+    assert all(len(list((tmp_path / "events" / name).iterdir())) == 1 for name in ("seed3", "seed5"))
+    words = ["--dataset", "synthetic", "--limit", 4, "--device", "cpu", "--attacks", "fgsm"]
+    paths = [tmp_path / f"run_seed{seed}.pth" for seed in (3, 5)]
+    code, out, error = run(robustness, *words, "--checkpoints", *paths, "--results", tmp_path / "r.json")
+    assert code == 0 and "| Softmax, 2 seeds |" in out, error
+    compare.main([str(tmp_path / "r.json")])
+    assert "Softmax (run_seed3, ...), 2 seeds: 2 rows that differ" in capsys.readouterr().out
 
 
 def test_without_tensorboard_it_is_asked_for_before_any_work(tmp_path, monkeypatch):
