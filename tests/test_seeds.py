@@ -79,6 +79,17 @@ def test_a_seed_a_rank(alone, tmp_path):
     assert code == 2 and "add --seeds" in said
 
 
+def test_ranks_share_the_minutes_of_all_seeds(tmp_path):
+    given = ["--warmup", 0, "--seeds", 3, 5, "--save-to", tmp_path / "net.pth.tar"]
+    ends = run_ranks(2, softmax_training, *TRAIN, *given, "--max-minutes", 5)
+    assert [end[0] for end in ends] == [0, 0], ends
+    assert ends[0][1].count("finished: ") == 2
+    ends = run_ranks(2, softmax_training, *TRAIN, *given, "--max-minutes", 1e-6)
+    assert [end[0] for end in ends] == [75, 75], ends
+    ends = run_ranks(2, softmax_training, *TRAIN, *given, prepare=lambda rank: ["--seeds", 3 + rank, 5])
+    assert [end[0] for end in ends] == [2, 2] and "seeds" in "".join(end[2] for end in ends), ends
+
+
 def test_files_in_the_way_of_a_later_seed_stop_the_first(alone, tmp_path):
     (tmp_path / "net_seed5.log").write_text("a diary\n")
     given = ["--no-overwrite", "--seeds", 3, 5, "--save-to", tmp_path / "net.pth.tar"]

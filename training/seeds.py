@@ -19,6 +19,7 @@ def each_seed(main):
     def train(config):
         if not config.seeds:
             return main(config)
+        distributed.check_same("options", {**cli.config_dict(config), "data_dir": None}, UsageError)
         runs = [config.of_seed(seed) for seed in dict.fromkeys(config.seeds)]
         if config.seeds_per_rank:
             runs = of_this_rank(runs, config)
@@ -26,15 +27,15 @@ def each_seed(main):
             claim(run)
         began = time.monotonic()
         for run in runs:
+            # The clocks of the ranks differ: the first one's counts.
             left = config.max_minutes and max(config.max_minutes - (time.monotonic() - began) / 60, 1e-9)
-            main(dataclasses.replace(run, max_minutes=left))
+            main(dataclasses.replace(run, max_minutes=distributed.gather(left)[0]))
 
     return train
 
 
 def of_this_rank(runs, config):
     """Return the runs that this rank trains; from here on it trains alone. Raises UsageError."""
-    distributed.check_same("options", {**cli.config_dict(config), "data_dir": None}, UsageError)
     if len(runs) < distributed.world:
         raise UsageError(f"--seeds-per-rank: {len(runs)} seeds for {distributed.world} ranks; begin fewer")
     with distributed.one_first():  # which may download
