@@ -142,7 +142,7 @@ def test_item_28_labels_out_of_range_are_refused(cifar, monkeypatch, label):
 def test_item_30_limits_out_of_bounds_are_refused_with_the_bounds(cifar, dataset, split, size):
     for limit in (0, -1, size + 1):
         message = refusal(dataset, cifar.parent, limit=limit, splits=(split,))
-        assert f"limit {limit} " in message and f"1 to {size} images" in message
+        assert f"limit {limit} " in message and f"1 to {size} images" in message and "--limit none" in message
 
 
 def test_item_30_a_limit_beyond_one_split_takes_what_is_there(cifar):
