@@ -82,7 +82,7 @@ class Results:
         """Where the adversarial images of a trial are kept; None where they are not asked for."""
         if self.config.save_images is None or trial.key not in ATTACKS:  # a point of a curve keeps no images
             return None
-        return files.images_folder(self.config, target.path, target.sha256, trial.key)
+        return files.images_folder(self.config, target.path or target.label, target.sha256, trial.key)
 
     # ------------------------------------------------------------ the file of a stopped evaluation
 

@@ -247,3 +247,10 @@ def test_what_cannot_be_evaluated_is_refused_in_words(change, fault, words):
     given = {"model": two_classes(), "images": PICTURES, "labels": LABELS, **change}
     with pytest.raises(fault, match=words):
         evaluation.evaluate(**given)
+
+
+def test_saved_images_lie_in_a_folder_named_after_the_network(tmp_path):
+    given = {"images": PICTURES, "labels": LABELS, "attacks": "fgsm", "save_images": str(tmp_path)}
+    evaluation.evaluate(two_classes(), **given)
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert folder.name.startswith(f"{type(two_classes()).__name__}-")
