@@ -4,17 +4,21 @@
 
 It trains on noise with fresh weights, and reads and writes no file of yours. It checks that a step waits for
 the GPU only to look at the loss, that nothing is compiled twice or kept out of a CUDA graph, that compiled
-and plain training reach the same loss, and that evaluation computes in float32. Then it measures the speed of
-both beside the textbook way.
+and plain training reach the same loss, that evaluation computes in float32, and that the tests of other
+devices pass. Then it measures the speed of both beside the textbook way.
 `--device cpu` tries the check itself; `--depth 110`, the released network, takes ten minutes.
 """
 
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -114,6 +118,18 @@ def evaluates_exactly(subject: ours.Subject) -> str:
     return found
 
 
+def passes(tests: str) -> str:
+    """Run a file of the tests, which take the GPU where there is one; return pytest's last line."""
+    if importlib.util.find_spec("pytest") is None:
+        return "not run: pip install -r requirements-dev.txt"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    said = " | ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+    assert done.returncode == 0, said
+    return said
+
+
 # ---------------------------------------------------------------- how fast it is
 
 
@@ -171,6 +187,8 @@ def main(config: Config) -> None:
         for row in TRAINED
     ]
     wells.append(part("Evaluation computes in float32", lambda: evaluates_exactly(subject)))
+    if device.type == "cuda":
+        wells.append(part("Tests on this GPU", lambda: passes("tests/test_other_device.py")))
     wells.append(part("Speed beside the textbook way", lambda: speeds(timed)))
     wells.append(part("Evaluation under PGD in both memory orders", lambda: orders(timed)))
     if not all(wells):

@@ -1,4 +1,4 @@
-"""What a reader of a row must know that no check of `checks` says."""
+"""Lines under the table that tell of a failing attack, or of a network that cannot be judged so."""
 
 from .checks import MEANINGS
 from .outcome import percent

@@ -49,6 +49,15 @@ def test_what_fails_is_told_and_the_rest_goes_on(monkeypatch):
     assert "channels_last" in said
 
 
+def test_tests_are_run_as_a_part_of_it(tmp_path):
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("def test_good():\n    assert 1 == 1\n")
+    bad.write_text("def test_bad():\n    assert 1 == 2\n")
+    assert "1 passed" in gpu_check.passes(str(good))
+    with pytest.raises(AssertionError, match="test_bad"):
+        gpu_check.passes(str(bad))
+
+
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     code, _, complaint = run(gpu_check, "--device", "cuda:9")

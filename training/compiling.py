@@ -172,9 +172,8 @@ def leaving_at_once(run):
 
     with utils.answering_signals(leave, (*handlers, *alarms)):
         if alarms and signal.getsignal(*alarms) is leave:  # outside the main thread it is not
-            signal.setitimer(
-                signal.ITIMER_REAL, max(left, 0) + 0.1
-            )  # just after the time that save_or_leave waits for
+            # A little late, so that save_or_leave finds the time up.
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0) + 0.1)
         try:
             yield
         finally:

@@ -120,4 +120,4 @@ class RunConfig:
         outputs = (log, self.metrics_path, self.picture_path, self.save_to)
         outputs += (checkpoints.previous_of(self.save_to),)
         if len(set(map(os.path.realpath, outputs))) < len(outputs):
-            raise UsageError(f"--log-to {log}: the checkpoint and the metrics (.csv) have names of their own")
+            raise UsageError(f"--log-to {log}: checkpoint, .csv and .png have names of their own")
