@@ -71,7 +71,8 @@ def table(results):
 def footnotes(results):
     """The settings under a table, line by line, and what the results say of themselves."""
     config, dataset = results.config, results.dataset
-    if dataset.classes == data.CIFAR10_CLASSES and in_255ths(config.epsilon) == "8/255":
+    resnets = all(target.depth for target in results.targets)
+    if resnets and dataset.classes == data.CIFAR10_CLASSES and in_255ths(config.epsilon) == "8/255":
         yield PUBLISHED
     rule = "" if config.predict == "softmax" else "; predicted by the nearest prototype (Eq. 6)"
     yield (

@@ -10,6 +10,7 @@ import torchvision
 from commands import run
 from torch import nn
 
+import data
 import evaluation
 import robustness
 import utils
@@ -254,3 +255,9 @@ def test_saved_images_lie_in_a_folder_named_after_the_network(tmp_path):
     evaluation.evaluate(two_classes(), **given)
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert folder.name.startswith(f"{type(two_classes()).__name__}-")
+
+
+def test_the_authors_numbers_stand_under_resnets_alone():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(PICTURES[0].numel(), 10))
+    found = evaluation.evaluate(model, PICTURES, LABELS, attacks="fgsm", classes=data.CIFAR10_CLASSES)
+    assert not any("Published by the authors" in note for note in found.notes)
