@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 torch.set_num_threads(1)
 
 
@@ -23,3 +24,15 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The checkpoint of an uninterrupted run of each script, nothing compiled."""
+    from runs import SCRIPTS, options, train
+
+    folder, paths = tmp_path_factory.mktemp("whole"), {}
+    for script in SCRIPTS:
+        paths[script] = folder / script / "run.pth.tar"
+        train(script, *options(script, paths[script], paths.get("softmax_training")))
+    return paths

@@ -289,3 +289,25 @@ def test_item_42_out_of_memory_names_the_batch_size_and_a_smaller_one(tmp_path):
     assert soak.finish(process) == 2, log.read_text()
     said = "out of memory on the device with --batch-size 1000; try --batch-size 500"
     assert log.read_text().splitlines()[-1].endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attacks": ("transfer",)}, "needs --source-checkpoint"),
+        ({"restarts": 3}, "add --random-start"),
+        ({"attacks": ("joint",), "predict": "prototype"}, "joint: is a loss on the logits"),
+        ({"apgd_steps": 0}, "--apgd-steps 0: apgd_steps is a whole number from 1 up"),
+        ({"num_queries": -1}, "num_queries is"),
+        ({"cw_lr": 0.0}, "cw_lr is a number above 0"),
+        ({"sanity_images": 0}, "sanity_images is"),
+        ({"epsilons": (0.0, 2.0)}, r"--epsilons 2.0: epsilons lies in \[0, 1\]"),
+        ({"step_counts": (1, 0)}, "--step-counts 0"),
+    ],
+)
+def test_senseless_options_are_refused_before_any_work(changes, words, tmp_path):
+    config = robustness.Config(dataset="folder", results=str(tmp_path / "new" / "r.json"), **changes)
+    with pytest.raises(utils.UsageError, match=words):
+        cli.validate(config)
+        robustness.main(config)
+    assert not (tmp_path / "new").exists()

@@ -6,22 +6,12 @@ import pytest
 import soak
 import torch
 from replay import Replay
-from test_resume import SCRIPTS, options, stop, train
+from runs import SCRIPTS, options, stop, train
 
 import training
 from utils import UsageError
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The checkpoint of an uninterrupted run of each script, nothing compiled."""
-    folder, paths = tmp_path_factory.mktemp("whole"), {}
-    for script in SCRIPTS:
-        paths[script] = folder / script / "run.pth.tar"
-        train(script, *options(script, paths[script], paths.get("softmax_training")))
-    return paths
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Stopped anywhere, by whatever, and resumed: the end of a run does not tell (items 15, 21, 22, 24, 46)."""
 
-import contextlib
-import itertools
 import os
 import signal
 import time
@@ -9,25 +7,12 @@ import time
 import pytest
 import soak
 import torch
+from runs import SCRIPTS, options, stop, stopped, train
 
 import checkpoints
-import cli
 import data
-import pcl_training
-import pcl_training_adversarial_fgsm
-import pcl_training_adversarial_pgd
-import softmax_training
-import training
 import utils
 
-SCRIPTS = {
-    module.__name__: module
-    for module in (
-        *(softmax_training, pcl_training),
-        *(pcl_training_adversarial_fgsm, pcl_training_adversarial_pgd),
-    )
-}
-SIZE = {"limit": 12, "batch_size": 4, "epochs": 2, "eval_every": 2}  # 2 epochs of 3 batches
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 runs it")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -38,54 +23,6 @@ def saved(path):
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def options(script, path, stage_1=None, **more):
-    steps = {"num_steps": 2} if script.endswith("pgd") else {}
-    start = {} if script == "softmax_training" else {"init_from": stage_1}
-    return soak.tiny(path, **{**SIZE, **start, **steps, **more})
-
-
-def train(script, *arguments):
-    """Run a script in this process."""
-    SCRIPTS[script].main(cli.parse_config(SCRIPTS[script].Config, arguments))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The checkpoint of an uninterrupted run of each script."""
-    folder, paths = tmp_path_factory.mktemp("whole"), {}
-    for script in SCRIPTS:
-        paths[script] = folder / script / "run.pth.tar"
-        train(script, *options(script, paths[script], paths.get("softmax_training")))
-    return paths
-
-
-class StopAt(contextlib.nullcontext):
-    """Instead of signals: asks for a stop when it is looked at for the `count`-th time, and ever after."""
-
-    def __init__(self, count):
-        super().__init__(self)
-        self.looks = itertools.count(-count)
-
-    @property
-    def received(self):
-        return signal.SIGTERM if next(self.looks) >= 0 else None
-
-
-def stop(script, *given, looks=0):
-    """Run a script to the stop that it is asked for after so many looks; return what it raises."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(utils.Interrupted) as caught:
-        patch.setattr(utils, "StopSignals", lambda: StopAt(looks))
-        train(script, *given)
-    assert caught.value.exit_status == 143
-    return str(caught.value)
-
-
-def stopped(path, script="softmax_training", batches=4, **more):
-    """Leave the checkpoint of a run that was stopped after so many of its 6 batches."""
-    stop(script, *options(script, path, **more), looks=batches - 1)
-    return path
 
 
 @every_script
@@ -357,81 +294,3 @@ def test_a_checkpoint_without_a_part_is_refused(lacking, tmp_path):
     checkpoints.previous_of(path).unlink(missing_ok=True)
     with pytest.raises(utils.CheckpointError, match=lacking):
         train("softmax_training", *options("softmax_training", path), "--resume")
-
-
-@pytest.mark.parametrize("ahead", [True, False])
-def test_the_log_of_a_killed_run_has_each_epoch_once(ahead, whole, tmp_path):
-    """Killed between the save and the line: the line comes from the checkpoint. After the line: it goes."""
-    path = stopped(tmp_path / "run.pth.tar")
-    log = path.with_name("run.log")
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join([*lines, "  9  of lost work  99 images/s"] if ahead else lines[:-2]))
-    train("softmax_training", *options("softmax_training", path), "--resume")
-    assert soak.compare(path, whole["softmax_training"]) == []
-
-
-# ---------------------------------------------------------------- other people's files (item 57)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("run.log", "years of work\n"),
-        ("run.log", "softmax_training: another run\n    1  2.3  99 images/s  0:00:01 left\n"),
-        ("run.csv", "years,of,work\n"),
-        ("run.csv", "training,sha256,attack,accuracy\n"),
-    ],
-)
-def test_item_57_a_log_or_metrics_of_another_are_left_alone(name, content, tmp_path):
-    path, file = tmp_path / "run.pth.tar", tmp_path / name
-    file.write_text(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.loop, "train_epoch", lambda *_: pytest.fail("it trained"))
-        with pytest.raises(utils.FileSystemError, match=f"{name}: exists already; it is not of this run"):
-            train("softmax_training", *options("softmax_training", path))
-    assert file.read_text() == content and not path.exists()
-    file.unlink()
-    before = stopped(path).read_bytes()
-    file.write_text(content)
-    with pytest.raises(utils.FileSystemError, match=f"{name}: exists already"):
-        train("softmax_training", *options("softmax_training", path), "--resume")
-    assert file.read_text() == content and path.read_bytes() == before
-    train("softmax_training", *options("softmax_training", path), "--resume", "--overwrite")
-    assert file.read_text() != content and checkpoints.load(path)["finished"]
-
-
-def test_item_57_two_runs_do_not_share_a_log(tmp_path):
-    train("softmax_training", *options("softmax_training", tmp_path / "m.pth", epochs=1))
-    log, metrics = ((tmp_path / name).read_bytes() for name in ("m.log", "m.csv"))
-    with pytest.raises(utils.FileSystemError, match="exists already"):
-        train("softmax_training", *options("softmax_training", tmp_path / "m.pth.tar"))
-    other = stopped(tmp_path / "other.pth.tar")
-    with pytest.raises(utils.FileSystemError, match="exists already"):
-        given = options("softmax_training", other, log_to=tmp_path / "m.log")
-        train("softmax_training", *given, "--resume")
-    assert (tmp_path / "m.log").read_bytes() == log and (tmp_path / "m.csv").read_bytes() == metrics
-
-
-def test_item_57_the_log_of_a_run_killed_before_its_first_save_is_its_own(tmp_path):
-    given = options("softmax_training", tmp_path / "run.pth.tar")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(checkpoints, "save", lambda *_, **__: 1 / 0)
-        train("softmax_training", *given)
-    train("softmax_training", *given, "--resume")
-    assert (tmp_path / "run.log").read_text().count("softmax_training: ") == 1
-
-
-@pytest.mark.parametrize("log", ["run.pth.tar", "run.csv", "x/../run.pth.tar", "run.pth.tar.previous"])
-def test_item_57_checkpoint_log_and_metrics_are_three_files(log, tmp_path):
-    (tmp_path / "x").mkdir()
-    with pytest.raises(utils.UsageError, match="have names of their own"):
-        given = options("softmax_training", tmp_path / "run.pth.tar", log_to=tmp_path / log)
-        train("softmax_training", *given)
-
-
-def test_item_57_a_pipe_is_no_log(tmp_path):
-    os.mkfifo(tmp_path / "run.log")
-    for flags in ([], ["--overwrite"]):
-        with pytest.raises(utils.FileSystemError, match=r"run\.log"):
-            train("softmax_training", *options("softmax_training", tmp_path / "run.pth.tar"), *flags)
-    assert (tmp_path / "run.log").is_fifo()

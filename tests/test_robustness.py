@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import checkpoints
-import cli
 import data
 import evaluation
 import robustness
@@ -323,31 +322,6 @@ def test_model_card_has_robustbench_keys(root, tmp_path, capsys):
     card = json.loads(path.read_text())
     assert wanted <= card.keys() and card["name"].startswith("Softmax")
     assert card["link"] is card["authors"] is card["venue"] is None
-
-
-# ---------------------------------------------------------------- options
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"attacks": ("transfer",)}, "needs --source-checkpoint"),
-        ({"restarts": 3}, "add --random-start"),
-        ({"attacks": ("joint",), "predict": "prototype"}, "joint: is a loss on the logits"),
-        ({"apgd_steps": 0}, "--apgd-steps 0: apgd_steps is a whole number from 1 up"),
-        ({"num_queries": -1}, "num_queries is"),
-        ({"cw_lr": 0.0}, "cw_lr is a number above 0"),
-        ({"sanity_images": 0}, "sanity_images is"),
-        ({"epsilons": (0.0, 2.0)}, r"--epsilons 2.0: epsilons lies in \[0, 1\]"),
-        ({"step_counts": (1, 0)}, "--step-counts 0"),
-    ],
-)
-def test_senseless_options_are_refused_before_any_work(changes, words, tmp_path):
-    config = dataclasses.replace(config_of("nowhere", tmp_path / "new" / "r.json"), **changes)
-    with pytest.raises(utils.UsageError, match=words):
-        cli.validate(config)
-        robustness.main(config)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("name", "least"), [("pgd-dlr", 3), ("apgd-dlr", 3), ("autoattack", 4)])
