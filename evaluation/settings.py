@@ -26,7 +26,7 @@ class Settings:
     num_queries: Count = 5000  # of Square, for each image
     cw_steps: Count = 1000  # of C&W; paper: 1000
     cw_lr: Positive = 0.01  # of C&W's Adam; paper: 0.01
-    source_checkpoint: str | None = None  # the network on which `transfer` makes its images
+    source_checkpoint: str | None = None  # the network on which transfer and transfer-pgd make their images
     predict: Literal["softmax", "prototype"] = "softmax"  # largest logit, or nearest prototype (Eq. 6)
     # more than the table
     sanity: bool = False  # check that it is not the attacks that fail: PASS, WARN or FAIL, a line each
@@ -49,7 +49,8 @@ class Settings:
             raise utils.UsageError(
                 "--attacks joint: is a loss on the logits; --predict softmax, or prototype"
             )
-        if "transfer" in self.attacks and self.source_checkpoint is None:
-            raise utils.UsageError(
-                "--attacks transfer: needs --source-checkpoint, the network to make images on"
-            )
+        for name in self.attacks:
+            if ATTACKS[name].transfers and self.source_checkpoint is None:
+                raise utils.UsageError(
+                    f"--attacks {name}: needs --source-checkpoint, the network to make images on"
+                )

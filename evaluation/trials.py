@@ -72,6 +72,10 @@ def _cw(config):
     return {"num_steps": config.cw_steps, "lr": config.cw_lr}, words
 
 
+def _transferred(settings, name):
+    return lambda config: (settings(config)[0], f"made on {config.source_checkpoint} by {name}'s settings")
+
+
 def _autoattack(config):
     log = beside(config, ".autoattack.log") if config.results else os.devnull
     return {"log": log}, f"the reference implementation, standard version, its log in {log}"
@@ -107,6 +111,7 @@ class Attack(NamedTuple):
     settings: Config -> (its options, the same in words).
     loss: what it raises with the network's gradient, None for attacks that see no gradient.
     least_classes: its loss sorts so many logits.
+    transfers: it attacks the network of `--source-checkpoint` instead.
     """
 
     title: str
@@ -114,6 +119,7 @@ class Attack(NamedTuple):
     settings: Callable
     loss: Loss | None = None
     least_classes: int = 2
+    transfers: bool = False
 
     @property
     def needs_prototypes(self):
@@ -136,17 +142,14 @@ ATTACKS = {
     ),
     "cw": Attack("C&W-L2", attacks.cw, _cw),
     "noise": Attack("Noise", attacks.noise, lambda config: ({}, "each pixel up or down at random")),
-    "transfer": Attack(
-        "Transfer",
-        attacks.mim,
-        lambda config: (_mim(config)[0], f"made on {config.source_checkpoint} by MIM's settings"),
-    ),
+    "transfer": Attack("Transfer", attacks.mim, _transferred(_mim, "MIM"), transfers=True),
+    "transfer-pgd": Attack("Transfer PGD", attacks.pgd, _transferred(_pgd, "PGD"), transfers=True),
     "joint": Attack("Joint loss", attacks.pgd, _pgd, JOINT),
     "nearest-prototype": Attack("Nearest prototype", attacks.nearest_prototype, _nearest, PROTOTYPE),
     "autoattack": Attack("AutoAttack", autoattack.run, _autoattack, least_classes=4),
 }
 ON_STEPS = (attacks.pgd, attacks.nearest_prototype)
-CURVE_ATTACKS = tuple(name for name, attack in ATTACKS.items() if attack.function in ON_STEPS)
+CURVE_ATTACKS = tuple(name for name, a in ATTACKS.items() if a.function in ON_STEPS and not a.transfers)
 
 
 def check_classes(names, num_classes):
@@ -201,7 +204,7 @@ def clean():
 
 
 def make(name, config, source=None):
-    """The trial that a name on the command line means. `source`: the Target that `transfer` attacks."""
+    """The trial that a name on the command line means. `source`: the Target that transfer attacks."""
     entry = ATTACKS[name]
     options, words = entry.settings(config)
     if entry.loss not in (None, CROSS_ENTROPY):
@@ -212,7 +215,7 @@ def make(name, config, source=None):
         extra = {"generator": generator} if random else {}
         if entry.loss is not None:
             extra |= {"loss": entry.loss.of(target), "trace": trace}
-        network = source.folded if name == "transfer" else target.folded
+        network = source.folded if entry.transfers else target.folded
         if entry.loss is not None and hasattr(trace, "watching"):
             network = trace.watching(network, labels)
         return entry.function(network, images, labels, config.epsilon, **options, **extra)
