@@ -85,6 +85,18 @@ def test_the_tables_hold_what_was_measured(name):
     assert name in text
 
 
+def test_the_page_says_which_batch_was_tried():
+    """results/batch.json: a run ended with an accuracy, or diverged; its command is one the scripts take."""
+    page = (ROOT / "results/README.md").read_text()
+    for run in json.loads((ROOT / "results/batch.json").read_text())["runs"]:
+        words = shlex.split(run["command"])[1:]
+        module = importlib.import_module(words[0].removesuffix(".py"))
+        config = cli.parse_config(module.Config, words[1:])
+        assert (config.batch_size, config.lr) == (run["batch_size"], run["lr"])
+        accuracy, epoch = run["test_accuracy"], run["diverged_in_epoch"]
+        assert (f"{accuracy:.2f}" if epoch is None else f"diverged in epoch {epoch}") in page
+
+
 def test_the_snippets_run_as_they_stand_one_after_another():
     """With images that every snippet finds wrong already, so that AutoAttack has nothing to do."""
     codes = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
