@@ -77,6 +77,8 @@ def test_a_seed_a_rank(alone, tmp_path):
     )
     code, _, said = run(softmax_training, *TRAIN, "--seeds-per-rank", "--save-to", tmp_path / "net.pth.tar")
     assert code == 2 and "add --seeds" in said
+    code, _, said = run(softmax_training, *TRAIN, "--save-to", tmp_path / "net.pth.tar", "--seeds")
+    assert code == 2 and "--seeds: names none" in said and not (tmp_path / "net.pth.tar").exists()
 
 
 def test_ranks_share_the_minutes_of_all_seeds(tmp_path):

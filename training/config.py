@@ -52,6 +52,8 @@ class RunConfig:
 
     def follows(self, given):
         """Return the defaults that follow from the values `given` on the command line. Raises UsageError."""
+        if given.get("seeds") == ():
+            raise UsageError("--seeds: names none; such as --seeds 0 1 2, or leave it out")
         kind = data.SETS[self.dataset]
         model = given.get("model", kind.settings.get("model", self.model))
         for name in sorted(models.lacks(model) & given.keys()):
