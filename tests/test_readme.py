@@ -13,7 +13,7 @@ import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "results/README.md")
-RESULTS = sorted(path.name for path in (ROOT / "results").glob("depth20*.json"))
+RESULTS = sorted(path.name for path in (ROOT / "results").glob("depth*.json"))
 EVALUATIONS = [name for name in RESULTS if "sanity" not in name]
 
 
