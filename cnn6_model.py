@@ -17,9 +17,9 @@ LARGEST = 1024  # pixels of an image's sides
 WIDTHS = (32, 64, 128)  # of the three pairs of convolutions
 # The scripts' defaults with this network; an option or the preset wins. It has no batch norm: at a learning
 # rate of 0.1 stage 1 diverges within 50 batches, at 0.01 sometimes. Its features have large norms: with the
-# released weight_prox stage 2 diverges in the second batch, with 0.01 it loses all accuracy at first. No norm
-# holds back what the push moves, at a speed proportional to its weight and growing: at 1e-5 the distances to
-# the prototypes run away on MNIST after 30 epochs, and the run diverges in its 35th.
+# released weight_prox stage 2 diverges in the second batch, with 0.01 it loses all accuracy at first. Nothing
+# bounds what the push moves: at 1e-5 the distances to the prototypes run away on MNIST after 30 epochs, and
+# the run diverges in its 35th. The speed is proportional to the weight.
 SETTINGS = {"fc_dim": 64, "lr": 0.003, "weight_prox": 0.001, "weight_conprox": 1e-7}
 
 

@@ -38,7 +38,8 @@ GUARANTEED_PERCENT = 95.0  # of the adversarial images that are known to be ther
 FAR_WARN_PERCENT, FAR_FAIL_PERCENT = 5.0, 10.0  # right at FAR
 SATURATED_WARN_PERCENT = 25.0  # of the margins above 17
 OTHER_LOSSES = {"pgd": ("pgd-margin", "pgd-dlr"), "apgd-ce": ("apgd-dlr",)}  # the same attack on another loss
-BLIND = {"square": "Square", "transfer": "transfer"}  # attacks that see no gradient of the network
+# Attacks that see no gradient of the network.
+BLIND = {"square": "Square", "transfer": "transfer", "transfer-pgd": "transfer PGD"}
 GUIDED = ("bim", "mim", "pgd", "pgd-margin", "pgd-dlr", "apgd-ce", "apgd-dlr")  # by gradients, in many steps
 MEANINGS = {  # what a check that is not passed means and asks for
     "deterministic": "the network is random, so single gradients mislead: average them over draws (EOT)",
@@ -49,8 +50,10 @@ MEANINGS = {  # what a check that is not passed means and asks for
     "none without a bound": "any image may become any other: gradients are zero or mislead, believe Square",
     "more steps change little": "PGD stops too early: raise --num-steps, add --random-start --restarts 5",
     "noise weaker than gradient": "random signs do more than the gradient's: believe Square and AutoAttack",
-    "white box beats Square": "what knows less finds more: gradients are masked, believe Worst",
-    "white box beats transfer": "what knows less finds more: gradients are masked, believe Worst",
+    **dict.fromkeys(
+        (f"white box beats {title}" for title in BLIND.values()),
+        "an attack that knows less finds more: gradients are masked, believe Worst",
+    ),
     "losses agree": "gradient masking: cross-entropy overstates robustness, believe the lower number",
     "guaranteed adversarials": "an attack below 95 % misses what is there: do not believe its column, take "
     "the margin, more or longer steps, --random-start",

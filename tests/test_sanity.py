@@ -244,6 +244,7 @@ def warnings(**right):
         ("pgd", "pgd_margin", "losses agree' fails: PGD leaves 50.00 on cross-entropy, PGD margin 0.00"),
         ("apgd_ce", "apgd_dlr", "losses agree"),
         ("pgd", "square", "white box beats Square' fails: 50.00 % of all images fall to Square"),
+        ("pgd", "transfer_pgd", "white box beats transfer PGD' fails: 50.00 % of all images fall"),
         ("bim", "noise", "noise weaker than gradient' fails: noise leaves 0.00, BIM 50.00"),
         ("pgd", "autoattack", None),  # it tries every other class as a target
         ("pgd", "apgd_dlr", None),  # it takes ten times as many steps
