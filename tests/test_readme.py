@@ -94,6 +94,9 @@ def test_the_page_says_which_batch_was_tried():
         config = cli.parse_config(module.Config, words[1:])
         assert (config.batch_size, config.lr) == (run["batch_size"], run["lr"])
         accuracy, epoch = run["test_accuracy"], run["diverged_in_epoch"]
+        if (history := run["history"]) is not None:  # two logs are not kept
+            assert len(history) == (epoch - 1 if epoch else config.epochs)
+            assert history[-1]["test_accuracy"] == accuracy
         assert (f"{accuracy:.2f}" if epoch is None else f"diverged in epoch {epoch}") in page
 
 
