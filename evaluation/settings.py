@@ -45,11 +45,9 @@ class Settings:
         """Raise UsageError for options that make no sense together."""
         if self.restarts > 1 and not self.random_start and not set(self.attacks) & {"apgd-ce", "apgd-dlr"}:
             raise utils.UsageError(f"--restarts {self.restarts}: would repeat one run; add --random-start")
-        if "joint" in self.attacks and self.predict == "prototype":
-            raise utils.UsageError(
-                "--attacks joint: is a loss on the logits; --predict softmax, or prototype"
-            )
         for name in self.attacks:
+            if name.startswith("joint") and self.predict == "prototype":
+                raise utils.UsageError(f"--attacks {name}: is a loss on the logits; --predict softmax")
             if ATTACKS[name].transfers and self.source_checkpoint is None:
                 raise utils.UsageError(
                     f"--attacks {name}: needs --source-checkpoint, the network to make images on"

@@ -217,7 +217,7 @@ def test_the_attacks_on_prototypes_take_any_criterion_with_named_features():
     criterion = PrototypeConformityLoss(2, {"deep": 3}, 1.0, 1e-4)
     with torch.no_grad():
         criterion.proximity["deep"].centers.copy_(torch.tensor([[0.2], [0.8]]).expand(2, 3))
-    names = ("joint", "nearest-prototype")
+    names = ("joint-fgsm", "joint-bim", "joint-mim", "joint", "nearest-prototype")
     found = evaluation.evaluate(Named(), PICTURES, LABELS, attacks=names, criterion=criterion)
     assert found.robust.tolist() == [True] * 10 + [False] * 3
     assert list(found.outcomes) == ["clean", *names]

@@ -278,7 +278,7 @@ def test_other_class_count_is_refused(tmp_path):
 
 
 def test_adaptive_attacks_raise_what_they_name(tmp_path):
-    """Two steps on the joint loss and on the distances each raise their own, by more than noise does."""
+    """Attacks on the joint loss and on the distances each raise their own, by more than noise does."""
     save(tmp_path / "pcl.pth.tar")
     target = load(tmp_path / "pcl.pth.tar")
     generator = torch.Generator().manual_seed(0)
@@ -286,7 +286,7 @@ def test_adaptive_attacks_raise_what_they_name(tmp_path):
     random = (images + EPSILON * torch.randn(images.shape, generator=generator).sign()).clamp(0, 1)
     approach = target.prototypes.approach
     losses = {
-        "joint": target.prototypes.per_image,
+        **dict.fromkeys(("joint-fgsm", "joint-bim", "joint-mim", "joint"), target.prototypes.per_image),
         "nearest-prototype": lambda *given: approach(*given).amax(1),
     }
     for name, loss in losses.items():
