@@ -271,8 +271,8 @@ def test_kept_images_are_what_was_judged(root, tmp_path, capsys):
     picture, side = np.asarray(Image.open(mine / "fgsm.png")), SIZE * 4
     height, width = side + pictures.LINE, side + 4
     assert picture.shape == (pictures.LINE + 3 * height, pictures.CAPTION + 7 * width, 3)
-    rows = (clean[:7], blocks[0]["adversarial"])  # what is drawn is judged: as 8 bits, it gives the caption
-    for row, images in enumerate(rows):
+    drawn_as = {"predicted_clean": clean[:7], "predicted_8bit": blocks[0]["adversarial"]}
+    for row, (key, images) in enumerate(drawn_as.items()):
         top = pictures.LINE + row * height
         drawn = [
             picture[top : top + side : 4, left : left + side : 4].transpose(2, 0, 1) / np.float32(255)
@@ -280,10 +280,9 @@ def test_kept_images_are_what_was_judged(root, tmp_path, capsys):
         ]
         drawn = torch.from_numpy(np.stack(drawn)).float()
         assert (drawn - images).abs().max() <= 0.501 / 255 and (drawn - clean[:7]).abs().max() <= 8.001 / 255
-        key = ("predicted_clean", "predicted_8bit")[row]
         assert torch.equal(target.logits(drawn).argmax(1), blocks[0][key])
-    first = mine / "fgsm" / "00000.pt"
-    assert first.stat().st_size < 2 * blocks[0]["images"].nbytes + 5_000  # labels of this block alone
+    size = (mine / "fgsm" / "00000.pt").stat().st_size
+    assert size < 2 * blocks[0]["images"].nbytes + 5_000  # labels of this block alone
 
     run(capsys, dataclasses.replace(config, batch_size=100, epsilon=4 / 255, overwrite=True))
     (path,) = (mine / "fgsm").iterdir()  # no block of the run before is left among the new ones
