@@ -1,0 +1,67 @@
+"""Draw what is left under attack against the length of stage 2, with PCL and without.
+
+python docs/length.py        writes docs/length.png from results/depth20_full*.json; needs matplotlib
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+FILES = {0: "depth20_full.json", 32: "depth20_full32.json", 50: "depth20_full50.json"}  # by epochs of stage 2
+ATTACKS = {  # colour, and what the authors' repository has for PCL after 400 epochs
+    "fgsm": ("#bd1f01", 55.76),
+    "bim": ("#3f90da", 39.75),
+    "mim": ("#832db6", 36.44),
+    "pgd": ("#ffa90e", 31.10),
+    "pgd-margin": ("#222222", None),
+}
+STYLES = {"PCL": "-", "control": "--"}
+ROOT = (lambda value: np.sqrt(np.maximum(value, 0)), np.square)  # a scale, and its inverse
+STAR = {"marker": "*", "markersize": 13, "markerfacecolor": "white", "linestyle": "none"}
+
+
+def read():
+    """Return {(network, attack): {epochs: accuracy in percent}} of PCL and its control, and the titles."""
+    found, titles = {}, {}
+    for epochs, file in FILES.items():
+        for entry in json.loads((RESULTS / file).read_text(encoding="utf-8"))["checkpoints"]:
+            for attack, numbers in entry["attacks"].items():
+                titles[attack] = numbers["title"]
+                for network in (
+                    STYLES if epochs == 0 else [n for n in STYLES if n in entry["path"].split("_")]
+                ):
+                    found.setdefault((network, attack), {})[epochs] = numbers["accuracy"]
+    return found, titles
+
+
+def main():
+    found, titles = read()
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for attack, (colour, published) in ATTACKS.items():
+        for network, style in STYLES.items():
+            epochs, accuracies = zip(*found[network, attack].items(), strict=True)
+            label = titles[attack] if network == "PCL" else None
+            panel.plot(epochs, accuracies, style, color=colour, marker="o", markersize=4, label=label)
+        if published is not None:
+            panel.plot(400, published, color=colour, **STAR)
+    panel.plot([], [], "-", color="grey", label="with PCL")
+    panel.plot([], [], "--", color="grey", label="without")
+    panel.plot([], [], color="grey", label="published, with PCL", **STAR)
+    panel.set_xscale("function", functions=ROOT)
+    panel.set_yscale("function", functions=ROOT)
+    panel.set_xticks([0, 10, 32, 50, 100, 200, 300, 400])
+    panel.set_yticks([0, 1, 3, 10, 20, 30, 40, 50, 60])
+    panel.set(xlim=(0, 420), ylim=(0, 62), xlabel="epochs of stage 2", ylabel="accuracy under attack, %")
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize="small")
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    main()
