@@ -29,11 +29,10 @@ def read():
     found, titles = {}, {}
     for epochs, file in FILES.items():
         for entry in json.loads((RESULTS / file).read_text(encoding="utf-8"))["checkpoints"]:
+            named = [network for network in STYLES if f"_{network}_" in entry["path"]]
             for attack, numbers in entry["attacks"].items():
                 titles[attack] = numbers["title"]
-                for network in (
-                    STYLES if epochs == 0 else [n for n in STYLES if n in entry["path"].split("_")]
-                ):
+                for network in named or STYLES:  # both begin with the network of stage 1
                     found.setdefault((network, attack), {})[epochs] = numbers["accuracy"]
     return found, titles
 
@@ -52,7 +51,7 @@ def main():
             panel.plot(400, published, color=colour, **STAR)
     panel.plot([], [], "-", color="grey", label="with PCL")
     panel.plot([], [], "--", color="grey", label="without")
-    panel.plot([], [], color="grey", label="published, with PCL", **STAR)
+    panel.plot([], [], color="grey", label="published, depth 110", **STAR)
     panel.set_xscale("function", functions=ROOT)
     panel.set_yscale("function", functions=ROOT)
     panel.set_xticks([0, 10, 32, 50, 100, 200, 300, 400])
