@@ -105,13 +105,13 @@ def test_the_table_is_made_from_the_ledger(capsys):
             assert f"{found['title']} {found['accuracy']:.2f} ({found['low']:.2f} to" in row
 
 
-@pytest.mark.parametrize("option, status", [("--help", 0), ("--jsn", 2), ("mine.json", 2)])
-def test_the_command_takes_help_and_nothing_else(option, status):
-    command = [sys.executable, "-m", "evaluation.claims", option]
+def test_the_command_takes_help_and_nothing_else():
+    command = [sys.executable, "-m", "evaluation.claims", "--help"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == status and "| Source |" not in ended.stdout
-    said = ended.stdout if status == 0 else ended.stderr
-    assert "python -m evaluation.claims" in said if status == 0 else said.count("\n") == 1 and option in said
+    assert ended.returncode == 0 and "python -m evaluation.claims" in ended.stdout
+    for option in ("--jsn", "mine.json"):
+        with pytest.raises(utils.UsageError, match=option):
+            claims.main([option])
 
 
 def test_every_number_that_the_authors_published_and_we_print_is_a_claim():
