@@ -56,7 +56,12 @@ def main():
     panel.set_yscale("function", functions=ROOT)
     panel.set_xticks([0, 10, 32, 50, 100, 200, 300, 400])
     panel.set_yticks([0, 1, 3, 10, 20, 30, 40, 50, 60])
-    panel.set(xlim=(0, 420), ylim=(0, 62), xlabel="epochs of stage 2", ylabel="accuracy under attack, %")
+    panel.set(
+        xlim=(0, 420),
+        ylim=(0, 62),
+        xlabel="epochs of stage 2 (both axes: square root)",
+        ylabel="accuracy under attack, %",
+    )
     panel.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
