@@ -12,23 +12,28 @@ from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FILES = {0: "depth20_full.json", 32: "depth20_full32.json", 50: "depth20_full50.json"}  # by epochs of stage 2
-ATTACKS = {  # colour, and what the authors' repository has for PCL after 400 epochs
-    "fgsm": ("#bd1f01", 55.76),
-    "bim": ("#3f90da", 39.75),
-    "mim": ("#832db6", 36.44),
-    "pgd": ("#ffa90e", 31.10),
-    "pgd-margin": ("#222222", None),
+COLOURS = {
+    "fgsm": "#bd1f01",
+    "bim": "#3f90da",
+    "mim": "#832db6",
+    "pgd": "#ffa90e",
+    "pgd-margin": "#222222",
 }
+SOURCE, PUBLISHED_AT = ("authors' repository, README", "PCL"), 400  # epochs
 STYLES = {"PCL": "-", "control": "--"}
 ROOT = (lambda value: np.sqrt(np.maximum(value, 0)), np.square)  # a scale, and its inverse
 STAR = {"marker": "*", "markersize": 13, "markerfacecolor": "white", "linestyle": "none"}
+
+
+def load(file):
+    return json.loads((RESULTS / file).read_text(encoding="utf-8"))
 
 
 def read():
     """Return {(network, attack): {epochs: accuracy in percent}} of PCL and its control, and the titles."""
     found, titles = {}, {}
     for epochs, file in FILES.items():
-        for entry in json.loads((RESULTS / file).read_text(encoding="utf-8"))["checkpoints"]:
+        for entry in load(file)["checkpoints"]:
             named = [network for network in STYLES if f"_{network}_" in entry["path"]]
             for attack, numbers in entry["attacks"].items():
                 titles[attack] = numbers["title"]
@@ -37,18 +42,26 @@ def read():
     return found, titles
 
 
+def published():
+    """Return {title of the attack: accuracy in percent} of the PCL network, as the ledger has it."""
+    claims = [
+        claim for claim in load("claims.json")["claims"] if (claim["source"], claim["network"]) == SOURCE
+    ]
+    return {claim["measure"]: float(claim["published"]) for claim in claims}
+
+
 def main():
-    found, titles = read()
+    (found, titles), stars = read(), published()
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    for attack, (colour, published) in ATTACKS.items():
+    for attack, colour in COLOURS.items():
         for network, style in STYLES.items():
             epochs, accuracies = zip(*found[network, attack].items(), strict=True)
             label = titles[attack] if network == "PCL" else None
             panel.plot(epochs, accuracies, style, color=colour, marker="o", markersize=4, label=label)
-        if published is not None:
-            panel.plot(400, published, color=colour, **STAR)
+        if titles[attack] in stars:
+            panel.plot(PUBLISHED_AT, stars[titles[attack]], color=colour, **STAR)
     panel.plot([], [], "-", color="grey", label="with PCL")
     panel.plot([], [], "--", color="grey", label="without")
     panel.plot([], [], color="grey", label="published, depth 110", **STAR)

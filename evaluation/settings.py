@@ -6,7 +6,7 @@ from typing import Literal
 import utils
 from cli import Count, Epsilon, JsonFile, NotNegative, Positive, Seed, StepSize
 
-from .trials import ATTACKS, CURVE_ATTACKS
+from .trials import ATTACKS, CURVE_ATTACKS, JOINT
 
 Attacks = tuple[Literal[tuple(ATTACKS)], ...]
 CurveAttacks = tuple[Literal[CURVE_ATTACKS], ...]
@@ -46,7 +46,7 @@ class Settings:
         if self.restarts > 1 and not self.random_start and not set(self.attacks) & {"apgd-ce", "apgd-dlr"}:
             raise utils.UsageError(f"--restarts {self.restarts}: would repeat one run; add --random-start")
         for name in self.attacks:
-            if name.startswith("joint") and self.predict == "prototype":
+            if ATTACKS[name].loss is JOINT and self.predict == "prototype":
                 raise utils.UsageError(f"--attacks {name}: is a loss on the logits; --predict softmax")
             if ATTACKS[name].transfers and self.source_checkpoint is None:
                 raise utils.UsageError(

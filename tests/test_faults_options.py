@@ -297,6 +297,7 @@ def test_item_42_out_of_memory_names_the_batch_size_and_a_smaller_one(tmp_path):
         ({"attacks": ("transfer",)}, "needs --source-checkpoint"),
         ({"attacks": ("transfer-pgd",)}, "needs --source-checkpoint"),
         ({"restarts": 3}, "add --random-start"),
+        ({"attacks": ("joint",), "predict": "prototype"}, "joint: is a loss on the logits"),
         ({"attacks": ("joint-mim",), "predict": "prototype"}, "joint-mim: is a loss on the logits"),
         ({"apgd_steps": 0}, "--apgd-steps 0: apgd_steps is a whole number from 1 up"),
         ({"num_queries": -1}, "num_queries is"),

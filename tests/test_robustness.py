@@ -272,7 +272,7 @@ def test_kept_images_are_what_was_judged(root, tmp_path, capsys):
     height, width = side + pictures.LINE, side + 4
     assert picture.shape == (pictures.LINE + 3 * height, pictures.CAPTION + 7 * width, 3)
     drawn_as = {"predicted_clean": clean[:7], "predicted_8bit": blocks[0]["adversarial"]}
-    for row, (key, images) in enumerate(drawn_as.items()):
+    for row, (key, images) in enumerate(drawn_as.items()):  # what is drawn is judged
         top = pictures.LINE + row * height
         drawn = [
             picture[top : top + side : 4, left : left + side : 4].transpose(2, 0, 1) / np.float32(255)
