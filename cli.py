@@ -27,7 +27,10 @@ import distributed
 from utils import LONGEST_LINE, UsageError, answering_signals, printable, silence_stdout
 
 TORCH_FLOOR = (2, 10)  # as in requirements.txt
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+# In the error of a library that got no memory. The last words are all that oneDNN says of it.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED|could not create a primitive$"
+)
 
 
 # ---------------------------------------------------------------- types of options
@@ -73,7 +76,7 @@ def run(main, config_class):
         try:
             main(config)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
             size = getattr(config, "batch_size", None)
             used = f" with --batch-size {size}" if size else ""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,25 @@ def test_item_41_a_device_that_is_not_there(name):
 def test_item_41_auto_says_what_it_chose(capsys):
     device = utils.select_device("auto")
     assert f"device: {device}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("could not create a primitive"), 2),  # oneDNN, of a process whose memory is used up
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), 1),
+        (MemoryError(), 2),
+    ],
+)
+def test_item_42_what_libraries_say_of_a_lack_of_memory(error, status, monkeypatch, capsys):
+    def main(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["softmax_training.py", "--batch-size", "64"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, softmax_training.Config)
+    assert end.value.code == status
+    assert ("with --batch-size 64; try --batch-size 32" in capsys.readouterr().err) == (status == 2)
 
 
 def test_item_42_out_of_memory_names_the_batch_size_and_a_smaller_one(tmp_path):

@@ -68,7 +68,7 @@ def choose(run, steps, stop):
 
 def raise_where_nothing_helps(error, config):
     text = str(error)
-    if isinstance(error, KeyboardInterrupt | MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+    if isinstance(error, KeyboardInterrupt | MemoryError) or OUT_OF_MEMORY.search(text):
         raise error
     if any(words in text for words in BROKEN):
         raise utils.UsageError(f"the GPU cannot go on ({cause(error)}); try --compile off") from error
