@@ -85,6 +85,23 @@ def test_the_tables_hold_what_was_measured(name):
     assert name in text
 
 
+def test_the_first_table_holds_what_was_measured():
+    """Every row of README.md that is ours is one network's: the five attacks, Worst, and AutoAttack."""
+    measured, strong = {}, set()
+    for name in EVALUATIONS:
+        for entry in json.loads((ROOT / "results" / name).read_text())["checkpoints"]:
+            attacks = {key: attack["accuracy"] for key, attack in entry["attacks"].items()}
+            if list(attacks) == ["clean", "fgsm", "bim", "mim", "pgd", "pgd-margin"]:
+                shown = (*attacks.values(), entry["worst"]["accuracy"])
+                measured[tuple(f"{accuracy:.2f}" for accuracy in shown)] = entry["path"]
+            strong |= {(entry["path"], f"{v:.1f}") for key, v in attacks.items() if key == "autoattack"}
+    lines = (ROOT / "README.md").read_text().partition("\n\nPercent of")[0].splitlines()
+    rows = [re.sub(r"[*\s]", "", line).split("|")[3:-1] for line in lines if re.match(r"\| [A-Z]", line)][1:]
+    assert len(rows) > 8
+    for *accuracies, autoattack in rows:
+        assert (measured[tuple(accuracies)], autoattack) in strong
+
+
 def test_the_page_says_which_batch_was_tried():
     """results/batch.json: a run ended with an accuracy, or diverged; its command is one the scripts take."""
     page = (ROOT / "results/README.md").read_text()
