@@ -136,6 +136,7 @@ def test_every_number_that_the_authors_published_and_we_print_is_a_claim():
         ("depth20_controls", "control_depth20", "depth20", "PCL_depth20"),
         ("depth20_control_long", "control_depth20_long", "depth20_long", "PCL_depth20_long"),
         ("depth20_full50", "control_depth20_full50", "depth20_full50", "PCL_depth20_full50"),
+        ("depth110_control", "control_depth110", "depth110", "PCL_depth110"),
         ("depth20_controls", "PCL_AdvTrain_PGD_lr0.1_depth20", "depth20_controls",
          "AdvTrain_PGD_lr0.1_depth20"),
     ],
