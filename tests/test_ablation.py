@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from commands import run
 from sets_on_disk import write_mnist
 
 from benchmarks import ablation
+from evaluation import claims
+
+ROOT = Path(__file__).resolve().parent.parent
 
 STAGES = ("--stage1", "--epochs 1 --batch-size 10 --lr 0.01", "--stage2")
 STAGES = (*STAGES, "--epochs 1 --batch-size 10 --lr 1e-4 --weight-prox 0.02 --weight-conprox 0.004")
@@ -75,3 +79,14 @@ def test_the_grid_of_layers_has_the_papers_rows():
 def test_a_bad_option_is_one_line(wrong, said):
     status, _, error = run(ablation, *wrong)
     assert status == 2 and said in error
+
+
+def test_the_page_holds_what_was_measured_beside_what_the_paper_says():
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8").splitlines()
+    measured = json.loads((ROOT / "results/ablation_layers.json").read_text())["rows"]
+    published = [c for c in json.loads(claims.LEDGER.read_text())["claims"] if "ablation" in c["source"]]
+    assert list(measured) == ["none", *ablation.LAYERS] and len(published) == 3 * len(measured)
+    for place, (name, runs) in enumerate(measured.items()):
+        paper = [claim["published"] for claim in published[3 * place :][:3]]
+        cells = [ablation.cell([run[attack] for run in runs]) for attack in runs[0]]
+        assert len(runs) == 2 and f"| {' | '.join([name, *paper, *cells])} |" in page
