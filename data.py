@@ -230,7 +230,8 @@ CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 DIGITS = tuple("0123456789")
-GREY = {"model": "cnn6", "epsilon": 0.3}
+# The scripts' defaults on grey sets: the paper's radii. PGD in training: steps of epsilon / num_steps
+GREY = {"model": "cnn6", "epsilon": 0.3, "epsilon_min": 0.1, "epsilon_max": 0.5, "step_size": None}
 _cifar, _mnist = torchvision_sets.read_cifar, torchvision_sets.read_mnist
 SETS = {
     "cifar10": Kind(functools.partial(_cifar, CIFAR10, "CIFAR-10", CIFAR10_CLASSES)),

@@ -15,10 +15,10 @@ measures networks of any kind: `build(path)`, or `build()` without checkpoints, 
 in [0, 1] to logits or to a tuple with a field `logits`. `evaluation.evaluate` does the same from Python.
 
 Attacks: fgsm bim mim pgd, and apgd-ce, on cross-entropy; pgd-margin pgd-dlr apgd-dlr on losses that do not
-saturate; joint-fgsm joint-bim joint-mim joint (by PGD), and nearest-prototype, on what stage 2 trains; square
-by scores alone; transfer from another network; cw of least distance; noise; autoattack, the reference
-implementation. Where a loss that does not saturate, or square, leaves less than cross-entropy does, the lower
-number is the one to believe; --sanity looks for more.
+saturate; joint-fgsm joint-bim joint-mim joint (by PGD), and nearest-prototype, on what stage 2 trains;
+square by scores alone; transfer and transfer-pgd from another network; cw of least distance; noise;
+autoattack, the reference implementation. Where a loss that does not saturate, or square, leaves less than
+cross-entropy does, the lower number is the one to believe; --sanity looks for more.
 """
 
 import os

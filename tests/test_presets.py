@@ -54,8 +54,10 @@ def test_the_papers_settings_are_set_and_nothing_else(script):
 def test_grey_sets_have_values_of_their_own(dataset):
     assert parsed(softmax_training, "--preset", "paper", "--dataset", dataset).epochs == 50
     for script in ADVERSARIAL:
-        config = parsed(script, "--dataset", dataset, "--preset", "paper")
-        assert (config.epsilon_min, config.epsilon_max) == (0.1, 0.5)
+        for preset in ("released", "paper"):
+            config = parsed(script, "--dataset", dataset, "--preset", preset)
+            assert (config.epsilon_min, config.epsilon_max) == (0.1, 0.5)
+            assert getattr(config, "step_size", None) is None  # of PGD: epsilon / num_steps
         assert (config.model, config.fc_dim, config.depth, config.aux_dim) == ("cnn6", 64, 110, 0)
         assert (config.lr, config.weight_prox) == (0.003, 1.0)
         config = parsed(script, "--dataset", dataset)
