@@ -18,7 +18,7 @@ class Settings:
     attacks: Attacks = ("fgsm", "bim", "mim", "pgd", "pgd-margin")  # the first four as published
     epsilon: Epsilon = 8 / 255  # L-infinity radius, of the pixel range [0, 1]; 0.3 on mnist, fashion-mnist
     num_steps: Count = 10  # of BIM, MIM, PGD on any loss, and both transfers
-    step_size: StepSize | None = None  # none: 2/255 for PGD on colour images, else epsilon / num_steps
+    step_size: StepSize | None = None  # none: PGD 2/255, others, and all on MNIST, epsilon / num_steps
     random_start: bool = False  # PGD from a random point of the ball; the released evaluation does not
     restarts: Count = 1  # of PGD with random_start, and of APGD; an image counts by its worst
     decay: NotNegative = 1.0  # of MIM's momentum
