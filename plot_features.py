@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
     startup.begin()
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,6 +35,7 @@ import robustness
 import utils
 from cli import Count, Epsilon, NotNegative, Seed, StepSize
 from evaluation import report, trials
+from evaluation.target import labels_of
 
 SUFFIXES = (".png", ".pdf", ".svg")
 LAYERS = ("layer2", "layer3", "fc")
@@ -357,6 +359,8 @@ def main(config: Config) -> None:
     targets = [evaluation.load_target(path, device, dataset.classes) for path in paths]
     for target in targets:
         models.check_images(target.arguments, target.path, dataset)
+    named = zip(targets, labels_of(targets), strict=True)
+    targets = [dataclasses.replace(target, label=label) for target, label in named]
     columns = [make_column(config, target, dataset) for target in targets]
     entries = [
         {

@@ -63,7 +63,7 @@ class Config(Settings):
     network: str | None = None  # MODULE:FUNCTION that makes a network of another kind, of a checkpoint's path
     resume: bool = False  # go on with a stopped evaluation of the same checkpoints, data and settings
     overwrite: bool = False  # start anew over a stopped or finished evaluation, or any file of these names
-    results: JsonFile = "results/robustness.json"
+    results: JsonFile = "results/robustness.json"  # all numbers and settings; CSV files lie beside
     model_card: bool = False  # a file for each checkpoint with RobustBench's keys, beside the results
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
@@ -123,7 +123,9 @@ def prepare(config: Config, paths: list[str | None]) -> evaluation.Results:
         autoattack.find()
     built = [networks.build(config.network, path) for path in paths if config.network]
     names = [path or config.network for path in paths]
-    hashes = [networks.fingerprint(network, config.network) for network in built]
+    # With the path as it is written: what a function makes of it need not show in the weights.
+    specs = [f"{config.network} {name}" for name in names if config.network]
+    hashes = list(map(networks.fingerprint, built, specs))
     files.claim(config, dict(zip(names, hashes or map(utils.sha256, names), strict=True)))
     device = utils.select_device(config.device)
     select = {"limit": config.limit, "holdout": config.holdout, "device": device, "splits": ("test",)}

@@ -4,7 +4,9 @@ import torch
 
 
 def check_input(images, labels):
-    """Raise ValueError for wrong shapes or types and, on a CPU, for pixels outside [0, 1]."""
+    """Raise ValueError for wrong shapes or types, on a CPU for pixels outside [0, 1], in inference mode."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("attacks need gradients, which inference mode forbids: use torch.no_grad")
     if images.ndim != 4 or labels.shape != images.shape[:1]:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"images are N x C x H x W and labels (N,), got {shapes}")

@@ -123,9 +123,8 @@ def read_out(network, image, epsilon, generator, batch_size):
     for number in INNER:
         keep = [*range(number), -1]
         fit = separate(features[keep], (logits[keep].amax() - logits[keep].amin()).item())
-        wide = torch.float32 if image.device.type == "mps" else torch.float64
         if fit is not None:
-            fit = tuple(value.to(image.device, wide) for value in fit)
+            fit = tuple(value.to(image.device) for value in fit)
             ends = ReadOuts(network, *fit)(torch.stack([points[0], points[-1]]))
             if attacks.misclassified(ends, torch.zeros_like(ends[:, 0]).long()).tolist() == [False, True]:
                 return fit, number

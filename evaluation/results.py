@@ -1,11 +1,8 @@
 """Everything that an evaluation measures, kept in a file beside its results until it is finished."""
 
-import collections
 import dataclasses
-import itertools
 import time
 from functools import reduce
-from pathlib import Path
 
 import torch
 
@@ -17,7 +14,7 @@ import utils
 
 from . import files
 from .outcome import Outcome
-from .target import Target
+from .target import Target, labels_of
 from .trials import ATTACKS, Trial
 
 
@@ -66,17 +63,8 @@ class Results:
         return reduce(torch.logical_and, held, clean.correct)
 
     def labeled(self):
-        """Each target after what its row is called.
-
-        Where two would be alike, the name of the file is added, or else the hash.
-        """
-        called = []
-        for target in self.targets:
-            file = Path(target.path).name.removesuffix(".tar").removesuffix(".pth")
-            called.append([target.label, f"{target.label} ({file})", f"{target.label} ({target.sha256[:8]})"])
-        times = collections.Counter(itertools.chain(*called))
-        labels = [next((name for name in names if times[name] == 1), names[-1]) for names in called]
-        return list(zip(labels, self.targets, strict=True))
+        """Each target after what its row is called."""
+        return list(zip(labels_of(self.targets), self.targets, strict=True))
 
     def images_folder(self, target, trial):
         """Where the adversarial images of a trial are kept; None where they are not asked for."""

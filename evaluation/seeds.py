@@ -32,7 +32,7 @@ def rows(results):
 
 def _differ(group):
     """Return whether these are several targets whose seeds all differ."""
-    return len(group) > 1 and len(group) == len({target.origin["config"]["seed"] for _, target in group})
+    return 1 < len(group) == len({target.origin.get("config", {}).get("seed") for _, target in group})
 
 
 def _family(target):

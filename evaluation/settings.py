@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import utils
-from cli import Count, Epsilon, JsonFile, NotNegative, Positive, Seed, StepSize
+from cli import Count, Epsilon, NotNegative, Positive, Seed, StepSize
 
 from .trials import ATTACKS, CURVE_ATTACKS, JOINT
 
@@ -35,7 +35,6 @@ class Settings:
     epsilons: tuple[Epsilon, ...] = ()  # accuracy against these radii, such as 0 1/255 2/255 4/255 8/255
     step_counts: tuple[Count, ...] = ()  # accuracy against these numbers of steps, such as 1 2 5 10 20 50 100
     curve_attacks: CurveAttacks = ("pgd", "pgd-margin")  # the attacks that these curves are drawn for
-    results: JsonFile | None = None  # all numbers and settings; CSV files lie beside
     save_images: str | None = None  # a folder for the adversarial images, float, and pictures of the first
     # run
     batch_size: Count | None = None  # images at a time; none: 500 on a GPU, 100 on a CPU

@@ -1,6 +1,8 @@
 """The networks under test: a checkpoint as a `Target`, or as a plain module for other libraries."""
 
+import collections
 import dataclasses
+import itertools
 import types
 from pathlib import Path
 
@@ -33,7 +35,10 @@ class NearestPrototype(nn.Module):
 
     def forward(self, images):
         outputs = self.network(images)
-        return outputs._replace(logits=self.prototypes.nearest(outputs))
+        scores = self.prototypes.nearest(outputs)
+        if isinstance(outputs, tuple):
+            return outputs._replace(logits=scores)
+        return types.SimpleNamespace(**{**vars(outputs), "logits": scores})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,11 @@ class Target:
         """The model's scores of `images`, float32 or wider, N x num_classes."""
         return attacks.scores(self.model(images))
 
+    def by_prototypes(self):
+        """The same network, but it predicts by the nearest prototype."""
+        model, fast = (NearestPrototype(one, self.prototypes).eval() for one in (self.model, self.folded))
+        return dataclasses.replace(self, model=model, folded=fast)
+
 
 def load_target(path, device, classes, predict="softmax"):
     """Read a checkpoint; depth and class count are its own. Raises CheckpointError.
@@ -88,8 +98,7 @@ def load_target(path, device, classes, predict="softmax"):
         raise CheckpointError(
             f"{path}: holds no prototypes to predict with; --predict softmax, or a checkpoint of stage 2"
         )
-    model, fast = (NearestPrototype(network, prototypes).eval() for network in (model, fast))
-    return dataclasses.replace(target, model=model, folded=fast)
+    return target.by_prototypes()
 
 
 def label_of(path, origin=types.MappingProxyType({})):
@@ -101,6 +110,16 @@ def label_of(path, origin=types.MappingProxyType({})):
     if label.startswith("PCL") and all(settings.get(name) for name in ("shared_prototypes", "separation")):
         return label.replace("PCL", "PCL by Eq. 5")
     return label
+
+
+def labels_of(targets):
+    """What their rows are called. Where two would be alike, the file's name is added, or else the hash."""
+    called = []
+    for target in targets:
+        file = Path(target.path).name.removesuffix(".tar").removesuffix(".pth")
+        called.append([target.label, f"{target.label} ({file})", f"{target.label} ({target.sha256[:8]})"])
+    times = collections.Counter(itertools.chain(*called))
+    return [next((name for name in names if times[name] == 1), names[-1]) for names in called]
 
 
 def _load(path, device):

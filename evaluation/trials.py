@@ -77,7 +77,7 @@ def _transferred(settings, name):
 
 
 def _autoattack(config):
-    log = beside(config, ".autoattack.log") if config.results else os.devnull
+    log = beside(config, ".autoattack.log") if hasattr(config, "results") else os.devnull
     return {"log": log}, f"the reference implementation, standard version, its log in {log}"
 
 

@@ -10,10 +10,12 @@ import torchvision
 from commands import run
 from torch import nn
 
+import attacks
 import data
 import evaluation
 import robustness
 import utils
+from resnet_model import resnet
 
 MODULE = """
 import torch
@@ -54,6 +56,11 @@ nan = odd(lambda logits: logits * float("nan"))
 listed = odd(lambda logits: [logits])
 flat = odd(lambda logits: logits[:, 0])
 probabilities = odd(lambda logits: logits.softmax(1))
+
+def turned(path):  # what the path says and no weight shows
+    net = Odd()
+    net.answer = lambda logits: logits.roll(int(path), 1)
+    return net
 """
 TINY = ("--dataset", "synthetic", "--limit", 6, "--device", "cpu", "--attacks", "pgd", "--num-steps", 2)
 
@@ -75,7 +82,7 @@ def accuracies(path):
 
 
 def test_a_function_of_the_working_directory_makes_the_networks(here, tmp_path, monkeypatch):
-    """Without a checkpoint, and a row a checkpoint; `--resume` knows the networks by their weights."""
+    """Without a checkpoint, and a row a checkpoint; `--resume` knows the networks by path and weights."""
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(here)
     for seed, name in enumerate("ab"):
@@ -98,10 +105,31 @@ def test_a_function_of_the_working_directory_makes_the_networks(here, tmp_path, 
     again = (*words, "--resume", "--results", "both.json", "--checkpoints")
     code, said, _ = run(robustness, *again, "a.pth", "b.pth")
     assert code == 0 and "finished already" in said
-    torch.save(torch.load("a.pth"), "c.pth")  # other bytes or not, the same weights
-    assert run(robustness, *again, "c.pth", "b.pth")[0] == 0
-    code, _, error = run(robustness, *again, "b.pth", "a.pth")
+    torch.save(torch.load("a.pth"), "a.pth")  # other bytes or not, the same weights
+    assert run(robustness, *again, "a.pth", "b.pth")[0] == 0
+    for paths in (("b.pth", "a.pth"), ("./a.pth", "b.pth")):
+        code, _, error = run(robustness, *again, *paths)
+        assert code == 4 and "begun with another checkpoints" in error
+
+
+def test_networks_of_equal_weights_that_answer_differently_have_a_row_each(here, tmp_path):
+    words = (*TINY, "--limit", 40, "--network", f"{here}:turned", "--attacks", "fgsm", "--checkpoints")
+    for turn in "03":
+        (tmp_path / turn).write_text(turn)
+        assert run(robustness, *words, turn, "--results", f"{turn}.json")[0] == 0
+    code, _, error = run(robustness, *words, "0", "3", "--results", "both.json")
+    alone = [*accuracies(tmp_path / "0.json"), *accuracies(tmp_path / "3.json")]
+    assert code == 0 and accuracies(tmp_path / "both.json") == alone and alone[0] != alone[1], error
+    code, _, error = run(robustness, *words, "3", "--results", "0.json", "--resume")
     assert code == 4 and "begun with another checkpoints" in error
+
+
+def test_a_checkpoint_of_weights_alone_and_its_copy_have_a_row_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        torch.save(resnet(10, 8).state_dict() if name == "a" else torch.load("a.pth"), f"{name}.pth")
+    code, said, error = run(robustness, *TINY, "--checkpoints", "a.pth", "b.pth")
+    assert code == 0 and "| a " in said and "| b " in said, error
 
 
 @pytest.mark.parametrize(
@@ -222,6 +250,28 @@ def test_the_attacks_on_prototypes_take_any_criterion_with_named_features():
     assert found.robust.tolist() == [True] * 10 + [False] * 3
     assert list(found.outcomes) == ["clean", *names]
     assert list(evaluation.evaluate(Named(), PICTURES, LABELS, attacks=names).outcomes) == ["clean"]
+
+    class Dict(Named):
+        def forward(self, images):
+            return super().forward(images)._asdict()
+
+    with torch.no_grad():
+        criterion.proximity["deep"].centers.copy_(torch.tensor([[0.8], [0.2]]).expand(2, 3))
+    for network in (Named(), Dict()):  # with the prototypes exchanged all that was right is wrong
+        found = evaluation.evaluate(network, PICTURES, LABELS, criterion=criterion, predict="prototype")
+        nearest = criterion.nearest(Named()(PICTURES)).argmax(1)
+        assert found.outcomes["clean"].correct.tolist() == (nearest == LABELS).tolist()
+        assert not found.outcomes["clean"].correct.all()
+
+
+def test_in_inference_mode_where_no_gradient_is_nothing_is_attacked():
+    given = {"images": PICTURES, "labels": LABELS}
+    with torch.inference_mode():
+        for attack in (attacks.fgsm, attacks.pgd):
+            with pytest.raises(ValueError, match=r"use torch\.no_grad"):
+                attack(two_classes(), **given, epsilon=0.1)
+        with pytest.raises(utils.DataError, match=r"use torch\.no_grad"):
+            evaluation.evaluate(two_classes(), **given)
 
 
 @pytest.mark.parametrize(

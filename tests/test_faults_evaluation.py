@@ -206,6 +206,19 @@ def test_the_log_of_autoattack_which_is_appended_to_is_begun_anew(checkpoint, tm
     assert not log.exists() and kept.read_text() == "before"
 
 
+def test_item_24_killed_in_its_first_block_of_autoattack_it_goes_on(checkpoint, tmp_path, monkeypatch):
+    words = (*TINY, "--checkpoints", checkpoint, "--attacks", "autoattack", "--resume")
+
+    def killed(*network, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.autoattack, "find", lambda: killed)
+    assert run("robustness", *words, cwd=tmp_path).returncode == 130
+    assert (tmp_path / "results/robustness.autoattack.log").exists()
+    done = run("robustness", *words, cwd=tmp_path)
+    assert done.returncode == 130 and "4 outcomes are there already" in done.stdout, done.stderr
+
+
 def test_item_57_two_outputs_of_one_name_are_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(utils.FileSystemError, match="two outputs of this run"):
