@@ -146,8 +146,8 @@ def select_device(name):
         return device
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # refuses "meta" too, which holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.empty(1, dtype=torch.float64, device=device).item()  # refuses "meta" and "mps", which has none
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise UsageError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
     if device.type == "cuda" and device.index is not None:
@@ -213,7 +213,7 @@ def evaluating(model):
         yield model
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            module.train(mode)  # a graph of torch.fx exchanges its forward here; parents come first
 
 
 # ---------------------------------------------------------------- signals
@@ -316,18 +316,18 @@ def replacing(path):
     On any failure `path` stays byte for byte as it was and the temporary file is removed.
     Raises FileSystemError when the file system refuses.
     """
-    file = followed(path)
-    temporary = _temporary(file)
+    temporary = _temporary(file := followed(path))
     words = "not written ({}); the old file, if any, is as it was: free some space or choose another path"
     try:
         with _refusing(path, words):
             yield temporary
             os.replace(temporary, file)
-            folder = os.open(file.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the rename itself survives a power cut
-            finally:
-                os.close(folder)
+            with contextlib.suppress(PermissionError):  # Windows opens no folder
+                folder = os.open(file.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)  # the rename itself survives a power cut
+                finally:
+                    os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

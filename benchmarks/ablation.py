@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import checkpoints
 import cli
 import data
 import evaluation
@@ -101,6 +102,8 @@ def measure(config: Config, name: str, options: list[str], seed: int) -> dict[st
     script, stage2 = importlib.import_module(config.recipe), shlex.split(config.stage2 or "")
     log = folder / f"{stem}.training.log"  # the metrics beside it: RESULTS.csv is the evaluation's
     run(script, *common, *stage2, *options, f"--init-from={first}", f"--save-to={second}", f"--log-to={log}")
+    if checkpoints.load(second)["started_from"]["sha256"] != utils.sha256(first):
+        raise utils.CheckpointError(f"{second}: began from another stage 1; name another --folder")
     run(robustness, *common, "--attacks", *config.attacks, "--checkpoints", second, f"--results={results}")
     (entry,) = json.loads(results.read_text(encoding="utf-8"))["checkpoints"]
     return {attack: numbers["accuracy"] for attack, numbers in entry["attacks"].items()}

@@ -31,6 +31,7 @@ def words(tmp_path, monkeypatch):
 def test_each_row_is_a_setting_with_mean_and_spread_over_the_seeds(words, tmp_path):
     status, out, said = run(ablation, *words)
     assert status == 0, said
+    begun = (tmp_path / "ablation/softmax-seed0.pth.tar").read_bytes()
     report = json.loads((tmp_path / "ablation/weight.json").read_text())
     assert list(report["rows"]) == ["weight 1", "weight 0.1", "weight 0.01", "weight 0.001"]
     table = (tmp_path / "ablation/weight.md").read_text()
@@ -49,6 +50,11 @@ def test_each_row_is_a_setting_with_mean_and_spread_over_the_seeds(words, tmp_pa
         values = [found["clean"] for found in report["rows"][row]]
         low, high = min(values), max(values)
         assert f"| {statistics.mean(values):.2f} ± {(high - low) / 2:.2f} |" in line.replace("  ", "")
+
+    # From another stage 1 it is another ablation.
+    status, _, said = run(ablation, *words, "--stage1", f"{STAGES[1]} --epochs 2", "--seeds", 0)
+    assert status == 4 and "began from another stage 1; name another --folder" in said
+    (tmp_path / "ablation/softmax-seed0.pth.tar").write_bytes(begun)
 
     # The same command finds all done; where one run is gone, it alone is made again.
     lost, kept = "weight-weight0.01-seed1", tmp_path / "ablation/weight-weight1-seed0.pth.tar"

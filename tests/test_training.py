@@ -8,6 +8,7 @@ import pytest
 import soak
 import torch
 import torch.nn.functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import checkpoints
 import cli
@@ -120,6 +121,19 @@ def test_item_35_modes_are_restored_module_by_module(model):
     assert [module.training for module in model.modules()] == modes
 
 
+def test_item_35_the_graph_of_an_extractor_is_restored_with_its_mode():
+    """torchvision's module exchanges its graph in train(), and functional dropout goes by the graph."""
+
+    class Dropping(torch.nn.Module):
+        def forward(self, images):
+            return F.dropout(images, training=self.training)
+
+    network = create_feature_extractor(Dropping(), {"dropout": "logits"})
+    with utils.evaluating(network):
+        assert network(torch.ones(1000))["logits"].count_nonzero() == 1000
+    assert network(torch.ones(1000))["logits"].count_nonzero() < 1000
+
+
 # ---------------------------------------------------------------- the schedule and the files
 
 
@@ -179,3 +193,17 @@ def test_a_checkpoint_says_from_which_file_it_started_also_when_resumed(stage_1,
     assert train(pcl_training, path, init_from=stage_1)["started_from"] == start
     assert train(pcl_training, path, "--resume", "--epochs", "2", init_from="gone")["started_from"] == start
     assert checkpoints.load(stage_1)["started_from"] == {}
+
+
+def test_a_resumed_run_says_that_its_stage_1_has_changed(stage_1, tmp_path):
+    path, start = tmp_path / "run.pth.tar", tmp_path / "start.pth.tar"
+    start.write_bytes(stage_1.read_bytes())
+    train(pcl_training, path, init_from=start)
+    again = ("--resume", "--epochs")
+    log = train(pcl_training, path, *again, "2", init_from=start)["log"]
+    assert not any("has changed" in line for line in log)
+    state = torch.load(start, weights_only=True)
+    state["state_dict"]["fcf.bias"] += 1
+    torch.save(state, start)
+    log = train(pcl_training, path, *again, "3", init_from=start)["log"]
+    assert f"{start} has changed since this run began from it" in log

@@ -1,10 +1,12 @@
 """What a run is, and whether a checkpoint is of the same run."""
 
+import os
+
 import torch
 
 import checkpoints
 import cli
-from utils import CheckpointError
+from utils import CheckpointError, sha256
 
 FREE_ON_RESUME = {  # settings that may differ between a run and its continuation
     *("data_dir", "init_from", "save_to", "log_to", "tensorboard", "resume", "overwrite", "preset"),
@@ -32,7 +34,7 @@ def identity_of(config, dataset, model, precision):
 def check_identity(state, run, path):
     """Raise CheckpointError when `state`, read from `path`, is of another run than `run`, an identity.
 
-    Returns a line for each other setting that differs.
+    Returns a line for each other setting that differs, and for a file of stage 1 that has changed.
     """
     if state["script"] != run["script"]:
         raise CheckpointError(f"{path}: made by {state['script']}.py; name another --save-to")
@@ -54,4 +56,13 @@ def check_identity(state, run, path):
             "another --save-to"
         )
     words = [f"resumed with another {words}" for name, words in differing.items() if name not in NOT_REPORTED]
+    words += [f"{start} has changed since this run began from it" for start in _changed(state, run)]
     return words + ["begun by older code: its images are compared by their number alone"] * older
+
+
+def _changed(state, run):
+    """The file of stage 1, if it is no longer the one from which `state` began."""
+    begun = state.get("started_from", {})  # older code kept none
+    path = begun.get("path", "")
+    asked = path == run["config"].get("init_from") and os.path.isfile(path)
+    return [path] if asked and sha256(path) != begun["sha256"] else []
