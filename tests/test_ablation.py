@@ -87,12 +87,15 @@ def test_a_bad_option_is_one_line(wrong, said):
     assert status == 2 and said in error
 
 
-def test_the_page_holds_what_was_measured_beside_what_the_paper_says():
+@pytest.mark.parametrize("name", ["layers", "fashion_layers", "fashion_weight"])
+def test_the_page_holds_what_was_measured_beside_what_the_paper_says(name):
     page = (ROOT / "results/README.md").read_text(encoding="utf-8").splitlines()
-    measured = json.loads((ROOT / "results/ablation_layers.json").read_text())["rows"]
+    measured = json.loads((ROOT / f"results/ablation_{name}.json").read_text())["rows"]
+    grid = name.removeprefix("fashion_")
+    assert list(measured) == list(ablation.settings(ablation.Config(grid=grid)))
     published = [c for c in json.loads(claims.LEDGER.read_text())["claims"] if "ablation" in c["source"]]
-    assert list(measured) == ["none", *ablation.LAYERS] and len(published) == 3 * len(measured)
-    for place, (name, runs) in enumerate(measured.items()):
-        paper = [claim["published"] for claim in published[3 * place :][:3]]
+    assert len(published) == 3 * len(ablation.settings(ablation.Config()))
+    for place, (row, runs) in enumerate(measured.items()):
+        paper = [claim["published"] for claim in published[3 * place :][:3]] if name == "layers" else []
         cells = [ablation.cell([run[attack] for run in runs]) for attack in runs[0]]
-        assert len(runs) == 2 and f"| {' | '.join([name, *paper, *cells])} |" in page
+        assert len(runs) == 2 and f"| {' | '.join([row, *paper, *cells])} |" in page
