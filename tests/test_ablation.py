@@ -87,7 +87,7 @@ def test_a_bad_option_is_one_line(wrong, said):
     assert status == 2 and said in error
 
 
-@pytest.mark.parametrize("name", ["layers", "fashion_layers", "fashion_weight"])
+@pytest.mark.parametrize("name", ["layers", "weight", "fashion_layers", "fashion_weight"])
 def test_the_page_holds_what_was_measured_beside_what_the_paper_says(name):
     page = (ROOT / "results/README.md").read_text(encoding="utf-8").splitlines()
     measured = json.loads((ROOT / f"results/ablation_{name}.json").read_text())["rows"]
