@@ -297,6 +297,16 @@ def test_the_command_writes_picture_and_numbers(trained, dataset, tmp_path, caps
             assert f"{entry['attacked'][name]:.4g}" in printed
 
 
+def test_two_checkpoints_of_one_kind_are_told_apart_by_their_files(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib.image")
+    other = checkpoint(tmp_path / "other.pth.tar", "softmax_training", fc_dim=512)
+    words = options({**PIXELS, "checkpoints": (trained[0], other), "picture": tmp_path / "two.png"})
+    plot_features.main(cli.parse_config(Config, words))
+    report, said = json.loads((tmp_path / "two.json").read_text()), capsys.readouterr().out
+    for entry, file in zip(report["checkpoints"], ("softmax", "other"), strict=True):
+        assert entry["label"] == f"Softmax ({file})" and f"| {entry['label']} " in said
+
+
 def test_without_matplotlib_the_numbers_are_written_and_the_message_says_what_to_install(
     trained, tmp_path, monkeypatch
 ):
