@@ -146,7 +146,7 @@ def select_device(name):
         return device
     try:
         device = torch.device(name)
-        torch.empty(1, dtype=torch.float64, device=device).item()  # refuses "meta" and "mps", which has none
+        torch.empty(1, dtype=torch.float64, device=device).item()  # refuses "meta", and "mps" (no float64)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise UsageError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
