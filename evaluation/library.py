@@ -69,9 +69,7 @@ def evaluate(
         images, labels = _checked(images.detach().to(device), labels.to(device))
         label, sample = type(model).__name__, images[:2]
         target = target_of(model, fingerprint(model), "", sample, classes and len(classes), label)
-        target = dataclasses.replace(target, prototypes=criterion)
-        if config.predict == "prototype" and target.has_pull:
-            target = target.by_prototypes()
+        target = dataclasses.replace(target, prototypes=criterion).predicting(config.predict)
         with torch.no_grad():
             classes = tuple(classes or map(str, range(target.logits(sample).shape[1])))
         if labels.max() >= len(classes) or labels.min() < 0:

@@ -189,7 +189,7 @@ def measure_all(results):
     with utils.StopSignals() as stop:
         for target, trial, outcome in measure_each(results):
             images = len(trial.of(results.dataset.test))
-            # Soon, too: by this file a killed evaluation knows its log and its images for its own.
+            # Also at once: by this file a killed evaluation knows that its log and its images are its own.
             late = time.monotonic() - results.saved > SAVE_EVERY or not results.path.exists()
             signum, late = distributed.agree(stop.received or 0, late)
             if signum or late:

@@ -68,8 +68,10 @@ class Target:
         """The model's scores of `images`, float32 or wider, N x num_classes."""
         return attacks.scores(self.model(images))
 
-    def by_prototypes(self):
-        """The same network, but it predicts by the nearest prototype."""
+    def predicting(self, predict):
+        """The same network, which predicts by `predict`: softmax, or prototype, if it has any."""
+        if predict == "softmax" or not self.has_pull:
+            return self
         model, fast = (NearestPrototype(one, self.prototypes).eval() for one in (self.model, self.folded))
         return dataclasses.replace(self, model=model, folded=fast)
 
@@ -92,13 +94,11 @@ def load_target(path, device, classes, predict="softmax"):
     label = label_of(path, origin)
     facts = (str(path), model.depth, prototypes, origin, read.arguments)
     target = Target(label, read.sha256, model, fast, *facts)
-    if predict == "softmax":
-        return target
-    if not target.has_pull:
+    if predict == "prototype" and not target.has_pull:
         raise CheckpointError(
             f"{path}: holds no prototypes to predict with; --predict softmax, or a checkpoint of stage 2"
         )
-    return target.by_prototypes()
+    return target.predicting(predict)
 
 
 def label_of(path, origin=types.MappingProxyType({})):
