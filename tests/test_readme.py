@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "results/README.md")
 RESULTS = sorted(path.name for path in (ROOT / "results").glob("depth*.json"))
 EVALUATIONS = [name for name in RESULTS if "sanity" not in name]
+GREY = sorted(path.name for kind in ("mnist", "fashion") for path in (ROOT / "results").glob(f"{kind}*.json"))
 
 
 def commands(page):
@@ -67,13 +68,18 @@ def test_every_link_and_every_file_named_is_there(page):
         assert anchor in headings, anchor
 
 
+def rows_of(page):
+    """The cells of each row of the tables of a page, without the first, without stars and spaces."""
+    lines = (ROOT / page).read_text().splitlines()
+    return [re.sub(r"[*\s]", "", line).split("|")[2:] for line in lines if line.startswith("|")]
+
+
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_the_tables_hold_what_was_measured(name):
     """Every network of an evaluation has a row of its accuracies in results/README.md, Worst included."""
-    text = (ROOT / "results/README.md").read_text()
     report = json.loads((ROOT / "results" / name).read_text())
     digits = 2 if report["checkpoints"][0]["attacks"]["clean"]["images"] == 10_000 else 1
-    rows = [re.sub(r"[*\s]", "", line).split("|")[2:] for line in text.splitlines() if line.startswith("|")]
+    rows = rows_of("results/README.md")
     for entry in report["checkpoints"]:
         cells = [f"{attack['accuracy']:.{digits}f}" for attack in entry["attacks"].values()]
         worst = f"{entry['worst']['accuracy']:.{digits}f}"
@@ -82,7 +88,26 @@ def test_the_tables_hold_what_was_measured(name):
         assert any(row[: len(cells)] == cells and row[len(cells)].startswith(worst) for row in rows), entry[
             "path"
         ]
-    assert name in text
+    assert name in (ROOT / "results/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_the_grey_tables_hold_what_was_measured(name):
+    """Each network of one seed has a row of its accuracies; those of several have one, mean ± deviation."""
+    report = json.loads((ROOT / "results" / name).read_text())
+    rows, groups = rows_of("results/README.md"), report.get("seeds", [])
+    several = {weights for group in groups for weights in group["seeds"].values()}
+    for group in groups:
+        spread = [(f"{attack['mean']:.1f}", f"{attack['std']:.1f}") for attack in group["attacks"].values()]
+        assert [mean if std == "0.0" else f"{mean}±{std}" for mean, std in spread] in (
+            row[: len(spread)] for row in rows
+        ), group["label"]
+    for entry in report["checkpoints"]:
+        if entry["sha256"] not in several:
+            measured = [*entry["attacks"].values(), entry["worst"]]
+            cells = [f"{attack['accuracy']:.1f}" for attack in measured]
+            assert cells in (row[: len(cells)] for row in rows), entry["path"]
+    assert name in (ROOT / "results/README.md").read_text()
 
 
 def test_the_first_table_holds_what_was_measured():
