@@ -127,6 +127,21 @@ def test_the_first_table_holds_what_was_measured():
         assert (measured[tuple(accuracies)], autoattack) in strong
 
 
+def test_the_table_of_mnist_holds_what_was_measured():
+    """Every row of it: without attack, FGSM, PGD, PGD margin; Square and AutoAttack by the file of those."""
+    text = (ROOT / "results/README.md").read_text()
+    section = text.partition("### MNIST with adversarial images")[2].partition("\n### ")[0]
+    blocks = [re.findall(r"^\| ([NPS].*) \|$", block, re.MULTILINE) for block in section.split("\n\n")]
+    first, strong = ([line.split(" | ")[1:] for line in rows] for rows in filter(None, blocks))
+    expected = [
+        (*(row[i] for i in (0, 1, 4, 5)), *more[1:3]) for row, more in zip(first, strong, strict=True)
+    ]
+    table = (ROOT / "README.md").read_text().partition("| MNIST, epsilon 0.3 ")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [tuple(row[i] for i in (2, 3, 5, 7, 8, 9)) for row in rows] == expected
+    assert len(rows) == 7
+
+
 def test_the_page_says_which_batch_was_tried():
     """results/batch.json: a run ended with an accuracy, or diverged; its command is one the scripts take."""
     page = (ROOT / "results/README.md").read_text()
@@ -142,7 +157,7 @@ def test_the_page_says_which_batch_was_tried():
         assert (f"{accuracy:.2f}" if epoch is None else f"diverged in epoch {epoch}") in page
 
 
-def test_the_snippets_run_as_they_stand_one_after_another():
+def test_the_snippets_run_as_they_stand_one_after_another(capsys):
     """With images that every snippet finds wrong already, so that AutoAttack has nothing to do."""
     codes = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -151,6 +166,6 @@ def test_the_snippets_run_as_they_stand_one_after_another():
     for code in codes:
         exec(code.replace("Models_PCL/", f"{ROOT}/Models_PCL/"), names)
     assert len(codes) == 2
-    assert (names["adversarial"] - images).abs().max() <= 8 / 255 + 1e-6
+    assert re.search(r"\| *PGD \| *PGD margin \| *AutoAttack \| *Worst \|", capsys.readouterr().out)
     assert set(names["terms"]) == {"cross_entropy", "proximity", "contrastive"}
     assert 512 / 2 < names["terms"]["proximity"] < 4 * 512 and names["loss"].isfinite()
