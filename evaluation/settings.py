@@ -26,6 +26,7 @@ class Settings:
     num_queries: Count = 5000  # of Square, for each image
     cw_steps: Count = 1000  # of C&W; paper: 1000
     cw_lr: Positive = 0.01  # of C&W's Adam; paper: 0.01
+    cw_c: Positive = 1.0  # C&W's weight of the margin beside the squared distance: the same for all images
     source_checkpoint: str | None = None  # the network on which transfer and transfer-pgd make their images
     predict: Literal["softmax", "prototype"] = "softmax"  # largest logit, or nearest prototype (Eq. 6)
     # more than the table

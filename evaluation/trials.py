@@ -66,10 +66,10 @@ def _apgd(config):
 
 def _cw(config):
     words = (
-        f"{config.cw_steps} steps, lr {config.cw_lr:g}, c 1 without a search, confidence 0, at any "
-        "distance; Worst counts what it finds within epsilon"
+        f"{config.cw_steps} steps, lr {config.cw_lr:g}, c {config.cw_c:g} without a search, confidence 0, "
+        "at any distance; Worst counts what it finds within epsilon"
     )
-    return {"num_steps": config.cw_steps, "lr": config.cw_lr}, words
+    return {"num_steps": config.cw_steps, "lr": config.cw_lr, "c": config.cw_c}, words
 
 
 def _transferred(settings, name):

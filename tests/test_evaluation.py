@@ -107,6 +107,16 @@ def test_outcome_is_plain_arithmetic():
     assert outcome.accuracy == pytest.approx(100 * (scores.argmax(1) == labels).double().mean().item())
 
 
+@pytest.mark.parametrize(("c", "attacked"), [(1e-6, False), (1e3, True)])
+def test_c_of_cw_weighs_what_an_image_is_moved_for(c, attacked):
+    """C&W gives up an image that can only be moved at a cost of more than c times its margin."""
+    target, split = target_of(network()), split_of(16)
+    trial = trials.make("cw", dataclasses.replace(CONFIG, cw_steps=50, cw_c=c))
+    right = target.folded(split.images.float() / 255).argmax(1) == split.labels
+    assert right.any() and f"c {c:g} without a search" in trial.settings
+    assert torch.equal(finish(target, split, trial).correct, right & (not attacked))
+
+
 @pytest.mark.parametrize("count", [12, 13, 17])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
 def test_measure_goes_on_where_it_stopped(count, stop):

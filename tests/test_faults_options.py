@@ -157,7 +157,7 @@ def test_item_40_a_bad_value_is_refused_typed_or_edited_into_the_config(name, va
     ("module", "words"),
     [
         (throughput, "--images=0 --workers=-1 --batch-sizes=0 --results=throughput.md"),
-        (robustness, "--results=table.csv --sanity-images=0 --epsilons=8 --step-counts=0 --cw-lr=0"),
+        (robustness, "--results=table.csv --sanity-images=0 --epsilons=8 --step-counts=0 --cw-lr=0 --cw-c=0"),
         (robustness, "--decay=-1 --decay=nan --restarts=0"),
     ],
 )
