@@ -96,6 +96,7 @@ def test_the_grey_tables_hold_what_was_measured(name):
     """Each network of one seed has a row with its accuracies; those of several have one, mean ± deviation."""
     report = json.loads((ROOT / "results" / name).read_text())
     rows, groups = rows_of("results/README.md"), report.get("seeds", [])
+    first = 0 if "_cw" not in name else 1 if name.startswith("mnist") else 5  # both sets' C&W share a table
     several = {weights for group in groups for weights in group["seeds"].values()}
     for group in groups:
         spread = [(f"{attack['mean']:.1f}", f"{attack['std']:.1f}") for attack in group["attacks"].values()]
@@ -106,9 +107,7 @@ def test_the_grey_tables_hold_what_was_measured(name):
         if entry["sha256"] not in several:
             measured = [*entry["attacks"].values(), entry["worst"]]
             cells = [f"{attack['accuracy']:.1f}" for attack in measured]
-            assert any(cells == row[i : i + len(cells)] for row in rows for i in range(len(row))), entry[
-                "path"
-            ]
+            assert cells in (row[first : first + len(cells)] for row in rows), entry["path"]
     assert name in (ROOT / "results/README.md").read_text()
 
 
